@@ -1,0 +1,457 @@
+//! What the agent knows and what is to be done next. A state machine without effects: it is told updates, results and the
+//! time, and says which operations to begin and which events to tell. At most one operation runs per container, and the last
+//! wish wins whatever came in between.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    time::{Duration, Instant},
+};
+
+use crate::{
+    plan::{LeftOut, Step, Wish},
+    pods::{Pod, Update},
+    policy::{self, Problem},
+    report::events::{PodEvent, PodRef, Reason},
+    runtime::ContainerId,
+    view::{FileSet, ViewFile},
+};
+
+/// The first and the longest wait before a failed operation is tried again; doubled each time.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// The same for an lxcfs that does not serve.
+const LXCFS_RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+
+/// An operation to begin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Start {
+    pub id: ContainerId,
+    pub wish: Wish,
+    /// For the log: `namespace/pod/container`.
+    pub name: String,
+}
+
+/// What to do now.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Due {
+    pub start: Vec<Start>,
+    /// Operations wait for the serving lxcfs: find it.
+    pub find_lxcfs: bool,
+}
+
+/// How an operation ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Finished {
+    /// The container is as it was wished.
+    Done { done: Vec<Step>, left_out: Vec<(ViewFile, LeftOut)> },
+    /// It is not, or not wholly; it will be tried again.
+    Failed { done: Vec<Step>, why: String },
+    /// Its thread hangs: told now, and it counts as running until another result comes.
+    Hangs { why: String },
+    /// The container does not run (any more, or yet), or the runtime cannot tell: tried again, and nobody is told.
+    Later,
+    /// It can have no view.
+    Unsupported { why: String },
+}
+
+/// What is known of the serving lxcfs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lxcfs {
+    Unknown,
+    Finding { attempt: u32 },
+    Serves,
+    Absent { attempt: u32, again: Instant },
+}
+
+#[derive(Debug)]
+struct Container {
+    pod: String,
+    name: String,
+    wish: Wish,
+    /// The wish that it was last brought to.
+    settled: Option<Wish>,
+    running: Option<Wish>,
+    /// A failed operation waits until then.
+    retry: Option<(u32, Instant)>,
+    /// The warning that was told last, so that it is not told again at each retry.
+    told: Option<String>,
+}
+
+/// What is to be told of a pod when none of its containers is being worked on.
+#[derive(Debug, Default)]
+struct Report {
+    injected: BTreeMap<String, FileSet>,
+    removed: BTreeMap<String, FileSet>,
+    remounted: BTreeMap<String, FileSet>,
+    left_out: BTreeMap<String, Vec<String>>,
+    failed: BTreeMap<String, String>,
+    unsupported: BTreeMap<String, String>,
+}
+
+#[derive(Debug)]
+struct PodState {
+    pod: Pod,
+    problems: Vec<Problem>,
+    report: Report,
+}
+
+/// The agent's state.
+#[derive(Debug)]
+pub struct State {
+    inject_by_default: bool,
+    pods_listed: bool,
+    /// Without them a pod of a labelled namespace would lose its view for a moment when the agent starts.
+    namespaces_listed: bool,
+    pods: HashMap<String, PodState>,
+    labels: HashMap<String, String>,
+    containers: HashMap<ContainerId, Container>,
+    lxcfs: Lxcfs,
+    events: Vec<PodEvent>,
+}
+
+impl State {
+    /// `has_namespaces`: whether updates of namespaces will come, so that decisions wait for the first.
+    pub fn new(inject_by_default: bool, has_namespaces: bool) -> State {
+        State {
+            inject_by_default,
+            pods_listed: false,
+            namespaces_listed: !has_namespaces,
+            pods: HashMap::new(),
+            labels: HashMap::new(),
+            containers: HashMap::new(),
+            lxcfs: Lxcfs::Unknown,
+            events: Vec::new(),
+        }
+    }
+
+    /// Takes what a watcher tells.
+    pub fn update(&mut self, update: Update) {
+        match update {
+            Update::Pods(pods) => {
+                self.pods_listed = true;
+                let listed: HashSet<&str> = pods.iter().map(|p| p.uid.as_str()).collect();
+                self.pods.retain(|uid, _| listed.contains(uid.as_str()));
+                self.containers.retain(|_, c| listed.contains(c.pod.as_str()) || c.running.is_some());
+                pods.into_iter().for_each(|pod| self.put(pod));
+                self.decide_all();
+            }
+            Update::Pod(pod) => {
+                let uid = pod.uid.clone();
+                self.put(pod);
+                self.decide(&uid);
+            }
+            Update::PodGone(uid) => {
+                self.pods.remove(&uid);
+                self.containers.retain(|_, c| c.pod != uid || c.running.is_some());
+            }
+            Update::Namespaces(namespaces) => {
+                self.namespaces_listed = true;
+                self.labels = namespaces.into_iter().map(|n| (n.name, n.label)).collect();
+                self.decide_all();
+            }
+            Update::Namespace(namespace) => {
+                self.labels.insert(namespace.name.clone(), namespace.label);
+                self.decide_namespace(&namespace.name);
+            }
+            Update::NamespaceGone(name) => {
+                self.labels.remove(&name);
+                self.decide_namespace(&name);
+            }
+        }
+    }
+
+    /// What to begin at `now`. Each operation told here is taken to run until [`State::finished`].
+    pub fn due(&mut self, now: Instant) -> Due {
+        let mut due = Due::default();
+        let serves = self.lxcfs == Lxcfs::Serves;
+        for (id, c) in &mut self.containers {
+            if c.running.is_some() || c.is_settled() || c.retry.is_some_and(|(_, at)| at > now) {
+                continue;
+            }
+            if c.needs_lxcfs() && !serves {
+                due.find_lxcfs = true;
+                continue;
+            }
+            let Some(pod) = self.pods.get(&c.pod) else { continue };
+            c.running = Some(c.wish);
+            let name = format!("{}/{}/{}", pod.pod.namespace, pod.pod.name, c.name);
+            due.start.push(Start { id: id.clone(), wish: c.wish, name });
+        }
+        if due.find_lxcfs {
+            match self.lxcfs {
+                Lxcfs::Unknown => self.lxcfs = Lxcfs::Finding { attempt: 0 },
+                Lxcfs::Absent { attempt, again } if again <= now => self.lxcfs = Lxcfs::Finding { attempt },
+                _ => due.find_lxcfs = false,
+            }
+        }
+        due
+    }
+
+    /// When [`State::due`] has something to say next, if nothing else happens.
+    pub fn next(&self) -> Option<Instant> {
+        let waiting = || self.containers.values().filter(|c| c.running.is_none() && !c.is_settled());
+        let retries = waiting().filter_map(|c| c.retry.map(|(_, at)| at));
+        let lxcfs = match self.lxcfs {
+            Lxcfs::Absent { again, .. } if waiting().any(Container::needs_lxcfs) => Some(again),
+            _ => None,
+        };
+        retries.chain(lxcfs).min()
+    }
+
+    /// Takes the answer to [`Due::find_lxcfs`].
+    pub fn lxcfs_found(&mut self, found: Result<(), String>, now: Instant) {
+        let Lxcfs::Finding { attempt } = self.lxcfs else { return };
+        let Err(why) = found else {
+            self.lxcfs = Lxcfs::Serves;
+            return;
+        };
+        self.lxcfs = Lxcfs::Absent { attempt: attempt + 1, again: now + backoff(LXCFS_RETRY, attempt) };
+        // One failure is a restart of lxcfs, and not worth an event on every pod that starts meanwhile.
+        if attempt == 0 {
+            return;
+        }
+        for c in self.containers.values_mut().filter(|c| c.running.is_none() && !c.is_settled() && c.needs_lxcfs()) {
+            if c.told.as_ref() != Some(&why)
+                && let Some(pod) = self.pods.get_mut(&c.pod)
+            {
+                c.told = Some(why.clone());
+                pod.report.failed.insert(c.name.clone(), why.clone());
+            }
+        }
+        self.report_all();
+    }
+
+    /// The lxcfs that was found is no longer held: the next operation that needs one finds it anew.
+    pub fn lxcfs_released(&mut self) {
+        if self.lxcfs == Lxcfs::Serves {
+            self.lxcfs = Lxcfs::Unknown;
+        }
+    }
+
+    /// Takes the result of an operation.
+    pub fn finished(&mut self, id: &ContainerId, finished: Finished, now: Instant) {
+        let Some(c) = self.containers.get_mut(id) else { return };
+        let Some(wish) = c.running else { return };
+        let Some(pod) = self.pods.get_mut(&c.pod) else {
+            // The pod went while the operation ran; one that hangs is kept, so that no second one is begun.
+            if !matches!(finished, Finished::Hangs { .. }) {
+                self.containers.remove(id);
+            }
+            return;
+        };
+        let known = pod.pod.containers.iter().any(|known| known.id.as_ref() == Some(id));
+        let report = &mut pod.report;
+        let mut hangs = false;
+        match finished {
+            Finished::Done { done, left_out } => {
+                report.steps(&c.name, &done);
+                let nothing = done.is_empty() && matches!(wish, Wish::Files(f) if f.len() <= left_out.len());
+                let left_out: Vec<String> = left_out.iter().map(|(file, why)| format!("{file} ({why})")).collect();
+                if nothing {
+                    let why = format!("nothing could be put in; left out: {}", left_out.join(", "));
+                    warn(&mut c.told, &mut report.failed, &c.name, why);
+                } else {
+                    c.told = None;
+                    if !left_out.is_empty() {
+                        report.left_out.insert(c.name.clone(), left_out);
+                    }
+                }
+                c.settled = Some(wish);
+                c.retry = None;
+            }
+            Finished::Failed { done, why } => {
+                report.steps(&c.name, &done);
+                warn(&mut c.told, &mut report.failed, &c.name, why);
+                c.fail(now);
+            }
+            Finished::Hangs { why } => {
+                warn(&mut c.told, &mut report.failed, &c.name, why);
+                hangs = true;
+            }
+            Finished::Later => c.fail(now),
+            Finished::Unsupported { why } => {
+                // Nothing is lost on a container that does not want a view.
+                if wish != Wish::Nothing {
+                    warn(&mut c.told, &mut report.unsupported, &c.name, why);
+                }
+                c.settled = Some(wish);
+                c.retry = None;
+            }
+        }
+        if !hangs {
+            c.running = None;
+            if !known {
+                self.containers.remove(id);
+            }
+        }
+        self.report_all();
+    }
+
+    /// Has every container looked at again: what is as it must be, stays.
+    pub fn resync(&mut self) {
+        self.containers.values_mut().for_each(|c| c.settled = None);
+    }
+
+    /// The events to tell since the last call.
+    pub fn take_events(&mut self) -> Vec<PodEvent> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Operations that run now.
+    pub fn running(&self) -> usize {
+        self.containers.values().filter(|c| c.running.is_some()).count()
+    }
+
+    fn put(&mut self, pod: Pod) {
+        match self.pods.get_mut(&pod.uid) {
+            Some(known) => known.pod = pod,
+            None => {
+                let state = PodState { problems: Vec::new(), report: Report::default(), pod };
+                self.pods.insert(state.pod.uid.clone(), state);
+            }
+        }
+    }
+
+    fn decide_all(&mut self) {
+        let uids: Vec<String> = self.pods.keys().cloned().collect();
+        uids.iter().for_each(|uid| self.decide(uid));
+    }
+
+    fn decide_namespace(&mut self, namespace: &str) {
+        let of = |pod: &PodState| pod.pod.namespace == namespace;
+        let uids: Vec<String> = self.pods.iter().filter(|(_, pod)| of(pod)).map(|(uid, _)| uid.clone()).collect();
+        uids.iter().for_each(|uid| self.decide(uid));
+    }
+
+    /// Brings the wishes of a pod's containers up to date.
+    fn decide(&mut self, uid: &str) {
+        if !(self.pods_listed && self.namespaces_listed) {
+            return;
+        }
+        let Some(PodState { pod, problems, .. }) = self.pods.get_mut(uid) else { return };
+        let names: Vec<&str> = pod.containers.iter().map(|c| c.name.as_str()).collect();
+        let label = self.labels.get(&pod.namespace).map(String::as_str);
+        let wishes = policy::wishes(&pod.annotations, label, self.inject_by_default, &names);
+        if *problems != wishes.problems {
+            if !wishes.problems.is_empty() {
+                let note = wishes.problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+                self.events.push(PodEvent { pod: reference(pod), reason: Reason::LxcfsInvalidAnnotation, note });
+            }
+            *problems = wishes.problems;
+        }
+        let running: HashSet<&ContainerId> = pod.containers.iter().filter_map(|c| c.id.as_ref()).collect();
+        self.containers.retain(|id, c| c.pod != uid || running.contains(id) || c.running.is_some());
+        for container in &pod.containers {
+            let (Some(id), Some(wish)) = (&container.id, wishes.by_container.get(&container.name)) else { continue };
+            let known = self.containers.entry(id.clone()).or_insert_with(|| Container {
+                pod: uid.to_owned(),
+                name: container.name.clone(),
+                wish: *wish,
+                settled: None,
+                running: None,
+                retry: None,
+                told: None,
+            });
+            if known.wish != *wish {
+                known.wish = *wish;
+                known.retry = None;
+                known.told = None;
+            }
+        }
+    }
+
+    /// Turns the reports of pods that nothing is being done to into events.
+    fn report_all(&mut self) {
+        let busy: HashSet<&str> = self
+            .containers
+            .values()
+            .filter(|c| c.running.is_some() && c.told.is_none())
+            .map(|c| c.pod.as_str())
+            .collect();
+        for (uid, pod) in &mut self.pods {
+            if !busy.contains(uid.as_str()) {
+                let told = std::mem::take(&mut pod.report).events();
+                self.events.extend(told.into_iter().map(|(reason, note)| PodEvent {
+                    pod: reference(&pod.pod),
+                    reason,
+                    note,
+                }));
+            }
+        }
+    }
+}
+
+impl Container {
+    fn is_settled(&self) -> bool {
+        self.wish == Wish::Keep || self.settled == Some(self.wish)
+    }
+
+    /// What takes a view out needs no lxcfs.
+    fn needs_lxcfs(&self) -> bool {
+        !matches!(self.wish, Wish::Nothing | Wish::Keep)
+    }
+
+    fn fail(&mut self, now: Instant) {
+        let attempt = self.retry.map_or(0, |(attempt, _)| attempt);
+        self.retry = Some((attempt + 1, now + backoff(RETRY, attempt)));
+        self.settled = None;
+    }
+}
+
+/// Notes a warning unless it was the last one told.
+fn warn(told: &mut Option<String>, warnings: &mut BTreeMap<String, String>, container: &str, why: String) {
+    if told.as_ref() != Some(&why) {
+        warnings.insert(container.to_owned(), why.clone());
+        *told = Some(why);
+    }
+}
+
+fn backoff((first, longest): (Duration, Duration), attempt: u32) -> Duration {
+    first.saturating_mul(1 << attempt.min(16)).min(longest)
+}
+
+fn reference(pod: &Pod) -> PodRef {
+    PodRef { uid: pod.uid.clone(), namespace: pod.namespace.clone(), name: pod.name.clone() }
+}
+
+impl Report {
+    fn steps(&mut self, container: &str, done: &[Step]) {
+        for step in done {
+            let kind = match step {
+                Step::Inject(_) => &mut self.injected,
+                Step::Remove(..) => &mut self.removed,
+                Step::Swap(..) => &mut self.remounted,
+            };
+            kind.entry(container.to_owned()).or_default().insert(step.file());
+        }
+    }
+
+    /// At most one event of each reason.
+    fn events(self) -> Vec<(Reason, String)> {
+        let left_out = self.left_out.iter().map(|(c, files)| format!("left out in {c}: {}", files.join(", ")));
+        let left_out: String = left_out.map(|text| format!("; {text}")).collect();
+        let files = |what: &str, changed: &BTreeMap<String, FileSet>| {
+            let each = changed.iter().map(|(c, files)| format!("{c}: {files}"));
+            format!("{what} {}", each.collect::<Vec<_>>().join("; "))
+        };
+        let causes = |warnings: &BTreeMap<String, String>| {
+            warnings.iter().map(|(c, why)| format!("{c}: {why}")).collect::<Vec<_>>().join("; ")
+        };
+        let mut events = Vec::new();
+        if !self.injected.is_empty() {
+            events.push((Reason::LxcfsInjected, files("view put into", &self.injected) + &left_out));
+        }
+        if !self.remounted.is_empty() {
+            events.push((Reason::LxcfsRemounted, files("view made current in", &self.remounted)));
+        }
+        if !self.removed.is_empty() {
+            events.push((Reason::LxcfsRemoved, files("view taken out of", &self.removed)));
+        }
+        if !self.failed.is_empty() {
+            events.push((Reason::LxcfsInjectFailed, causes(&self.failed)));
+        }
+        if !self.unsupported.is_empty() {
+            events.push((Reason::LxcfsUnsupportedRuntime, causes(&self.unsupported)));
+        }
+        events
+    }
+}

@@ -1,0 +1,477 @@
+//! The command line: flags in, one module called, text or JSON out. Decides nothing.
+
+use std::{
+    collections::BTreeMap,
+    io::{IsTerminal, Write},
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use futures::{StreamExt, stream};
+use serde::Serialize;
+use tokio::sync::mpsc;
+
+use crate::{
+    agent::{self, Agent, state::State},
+    check, lxcfs,
+    mount::{self, Outcome, Process, Source, Workers},
+    node,
+    plan::{Step, Wish},
+    pods,
+    report::events::Events,
+    runtime::{
+        ContainerId, PidFrom, Runtime,
+        cri::{Cri, CriEndpoint},
+    },
+    view::{FileSet, ViewFile},
+};
+
+/// Each visit to a container, and each question to lxcfs, is answered within this time or counts as hung.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// So many updates may wait for the agent's loop.
+const UPDATES: usize = 256;
+/// So many containers are worked on side by side by a command.
+const AT_ONCE: usize = 16;
+
+/// Puts lxcfs's files into running Kubernetes containers, so that /proc/meminfo, /proc/cpuinfo and their like show the
+/// container's own limits.
+#[derive(Debug, Parser)]
+#[command(name = "kube-lxcfs", version, propagate_version = true, max_term_width = 120)]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Clone, Debug, Args)]
+struct Common {
+    /// Where lxcfs is mounted.
+    #[arg(long, global = true, env = "KUBE_LXCFS_LXCFS_PATH", value_name = "DIR", default_value = "/var/lib/lxcfs")]
+    lxcfs_path: PathBuf,
+    /// The runtime's CRI socket [default: the first that answers of containerd, CRI-O, cri-dockerd, iSulad].
+    #[arg(long, global = true, env = "KUBE_LXCFS_CRI_ENDPOINT", value_name = "unix://PATH")]
+    cri_endpoint: Option<CriEndpoint>,
+    /// Where the pids of containers are asked for.
+    #[arg(long, global = true, env = "KUBE_LXCFS_PID_FROM", value_enum, default_value_t = PidFrom::Auto)]
+    pid_from: PidFrom,
+    /// How the log (on stderr) is written; RUST_LOG sets what is logged, as in RUST_LOG=kube_lxcfs=debug.
+    #[arg(long, global = true, env = "KUBE_LXCFS_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Text,
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PodsFrom {
+    /// The API server.
+    Kubernetes,
+    /// The annotations of the runtime's pod sandboxes; no API server is needed.
+    Cri,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the node agent: keeps the views of this node's pods as their annotations wish.
+    Agent(AgentArgs),
+    /// Put the view into a container (or some files of it); what it has already stays.
+    Mount {
+        #[command(flatten)]
+        target: One,
+        /// Comma-separated view files [default: all that lxcfs serves].
+        #[arg(long, env = "KUBE_LXCFS_FILES", value_parser = FileSet::parse)]
+        files: Option<FileSet>,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Take the view out of a container, or out of all.
+    Umount {
+        #[command(flatten)]
+        target: OneOrAll,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Make a view current that comes from an earlier lxcfs; a container without a view is left alone.
+    Remount {
+        #[command(flatten)]
+        target: OneOrAll,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Show the views of this node: pod, container, pid, files, and whether they are current, stale or dead.
+    Status {
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Tell what this node has and lacks for kube-lxcfs, with the remedy; exit status 1 when something fails.
+    Check {
+        #[command(flatten)]
+        output: OutputArg,
+    },
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+struct OutputArg {
+    /// For people or for programs.
+    #[arg(short, long = "output", env = "KUBE_LXCFS_OUTPUT", value_enum, default_value_t = Output::Text)]
+    output: Output,
+}
+
+#[derive(Debug, Args)]
+struct AgentArgs {
+    /// The name of this node at the API server.
+    #[arg(long, env = "NODE_NAME")]
+    node_name: Option<String>,
+    /// Who tells of the node's pods.
+    #[arg(long, env = "KUBE_LXCFS_PODS_FROM", value_enum, default_value_t = PodsFrom::Kubernetes)]
+    pods_from: PodsFrom,
+    /// Give a view to pods that say nothing, in namespaces that say nothing.
+    #[arg(long, env = "KUBE_LXCFS_INJECT_BY_DEFAULT")]
+    inject_by_default: bool,
+    /// Threads that mount [default: one per CPU, 4 at most].
+    #[arg(long, env = "KUBE_LXCFS_WORKERS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    workers: Option<u16>,
+}
+
+/// One container.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct One {
+    /// A process of the container, by its pid on the host.
+    #[arg(long, env = "KUBE_LXCFS_PID", value_name = "N", allow_negative_numbers = true)]
+    pid: Option<i64>,
+    /// The container's id, or a prefix that only one running container has.
+    #[arg(long, env = "KUBE_LXCFS_CONTAINER", value_name = "ID")]
+    container: Option<String>,
+}
+
+/// One container or all.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct OneOrAll {
+    /// A process of the container, by its pid on the host.
+    #[arg(long, env = "KUBE_LXCFS_PID", value_name = "N", allow_negative_numbers = true)]
+    pid: Option<i64>,
+    /// The container's id, or a prefix that only one running container has.
+    #[arg(long, env = "KUBE_LXCFS_CONTAINER", value_name = "ID")]
+    container: Option<String>,
+    /// Every container of this node that has a view.
+    #[arg(long, env = "KUBE_LXCFS_ALL")]
+    all: bool,
+}
+
+/// Parses the arguments, runs the command, and tells an error in one line. See the contract for the exit status.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log_to_stderr(cli.common.log_format);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let done = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
+        let done = runtime.block_on(run(cli));
+        // A thread that hangs must not keep the process.
+        runtime.shutdown_background();
+        done
+    });
+    match done {
+        Ok(code) => code,
+        Err(e) => {
+            let _ = writeln!(std::io::stderr(), "error: {}", format!("{e:#}").replace('\n', " "));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn log_to_stderr(format: LogFormat) {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,kube_runtime=error,kube_client=error"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    match format {
+        LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
+}
+
+async fn run(Cli { common, command }: Cli) -> Result<ExitCode> {
+    match command {
+        Command::Agent(args) => run_agent(common, args).await,
+        Command::Mount { target: One { pid, container }, files, output } => {
+            let workers = workers(None)?;
+            let process = process(&common, pid, container.as_deref()).await?;
+            let source = lxcfs::find(&workers, &common.lxcfs_path).await?;
+            let wish = Wish::Add(files.unwrap_or(FileSet::ALL));
+            changed(&workers, vec![process], wish, Some(source), output.output).await
+        }
+        Command::Umount { target, output } => {
+            let workers = workers(None)?;
+            let processes = targets(&workers, &common, target).await?;
+            changed(&workers, processes, Wish::Nothing, None, output.output).await
+        }
+        Command::Remount { target, output } => {
+            let workers = workers(None)?;
+            let processes = targets(&workers, &common, target).await?;
+            let source = lxcfs::find(&workers, &common.lxcfs_path).await?;
+            changed(&workers, processes, Wish::REFRESH, Some(source), output.output).await
+        }
+        Command::Status { output } => status(&common, output.output).await,
+        Command::Check { output } => {
+            let checks = check::all(&common.lxcfs_path, &Cri::new(common.cri_endpoint)).await;
+            print(output.output, &checks, || checks.iter().map(ToString::to_string).collect())?;
+            let failed = checks.iter().any(|c| c.verdict == check::Verdict::Fail);
+            Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+        }
+    }
+}
+
+/// The threads that mount, once it is known that they can.
+fn workers(threads: Option<u16>) -> Result<Workers> {
+    check::privileged()?;
+    mount::verify_calls()?;
+    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get().min(4));
+    let threads = threads.map_or(cpus, usize::from);
+    Workers::start(threads, DEADLINE).context("no thread could be made to mount in")
+}
+
+async fn run_agent(common: Common, args: AgentArgs) -> Result<ExitCode> {
+    let cri = Cri::new(common.cri_endpoint);
+    let workers = workers(args.workers)?;
+    let (tell, updates) = mpsc::channel(UPDATES);
+    let from_kubernetes = args.pods_from == PodsFrom::Kubernetes;
+    let events = if from_kubernetes {
+        let node =
+            args.node_name.ok_or_else(|| anyhow!("the node's name is not known: give --node-name or set NODE_NAME"))?;
+        let told =
+            "no API server is known: run in a pod with a service account, set KUBECONFIG, or use --pods-from cri";
+        let client = kube::Client::try_default().await.context(told)?;
+        tokio::spawn(pods::kubernetes::watch_pods(client.clone(), node.clone(), tell.clone()));
+        tokio::spawn(pods::kubernetes::watch_namespaces(client.clone(), tell));
+        Events::to_pods(client, node)
+    } else {
+        tokio::spawn(pods::cri::watch(cri.clone(), tell));
+        Events::to_log()
+    };
+    let state = State::new(args.inject_by_default, from_kubernetes);
+    let runtime = Runtime::new(common.pid_from, cri);
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), lxcfs = %common.lxcfs_path.display(), "agent begins");
+    let agent = Agent { workers, runtime, lxcfs_path: common.lxcfs_path, events, state };
+    agent::run(agent, updates).await.context("signals cannot be listened for")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn process(common: &Common, pid: Option<i64>, container: Option<&str>) -> Result<Arc<Process>> {
+    if let Some(pid) = pid {
+        return Ok(Arc::new(Process::open(pid)?));
+    }
+    let prefix = ContainerId::from_url(container.unwrap_or_default())?;
+    let runtime = Runtime::new(common.pid_from, Cri::new(common.cri_endpoint.clone()));
+    let running = runtime.running().await?;
+    let candidates: Vec<_> = running.iter().filter(|id| id.as_str().starts_with(prefix.as_str())).collect();
+    let id = match candidates.as_slice() {
+        [] => bail!("container '{prefix}': no running container has an id that begins so"),
+        [id] => id,
+        several => match several.iter().find(|id| ***id == prefix) {
+            Some(id) => id,
+            None => {
+                let ids: Vec<_> = several.iter().map(|id| id.short()).collect();
+                bail!(
+                    "container '{prefix}': {} running containers have an id that begins so: {}",
+                    ids.len(),
+                    ids.join(", ")
+                )
+            }
+        },
+    };
+    Ok(runtime.process(id).await?)
+}
+
+async fn targets(workers: &Workers, common: &Common, target: OneOrAll) -> Result<Vec<Arc<Process>>> {
+    if target.all {
+        let viewed = node::views(workers).await.context("/proc cannot be searched")?;
+        return Ok(viewed.into_iter().map(|v| v.process).collect());
+    }
+    Ok(vec![process(common, target.pid, target.container.as_deref()).await?])
+}
+
+/// What a command did to one container.
+#[derive(Debug, Serialize)]
+struct Change {
+    pid: i32,
+    id: Option<ContainerId>,
+    injected: FileSet,
+    remounted: FileSet,
+    removed: FileSet,
+    left_out: BTreeMap<ViewFile, String>,
+    error: Option<String>,
+}
+
+impl Change {
+    fn new(pid: i32, outcome: Outcome, error: Option<String>) -> Change {
+        let mut change = Change {
+            pid,
+            id: crate::runtime::proc::container(pid),
+            injected: FileSet::NONE,
+            remounted: FileSet::NONE,
+            removed: FileSet::NONE,
+            left_out: outcome.left_out.into_iter().map(|(file, why)| (file, why.to_string())).collect(),
+            error,
+        };
+        for step in outcome.done {
+            match step {
+                Step::Inject(file) => change.injected.insert(file),
+                Step::Swap(file, _) => change.remounted.insert(file),
+                Step::Remove(file, _) => change.removed.insert(file),
+            }
+        }
+        change
+    }
+
+    fn lines(&self) -> Vec<String> {
+        let who = match &self.id {
+            Some(id) => format!("container {} (pid {})", id.short(), self.pid),
+            None => format!("pid {}", self.pid),
+        };
+        let changes = [("injected", self.injected), ("remounted", self.remounted), ("removed", self.removed)];
+        let made = changes.into_iter().filter(|(_, files)| !files.is_empty());
+        let mut lines: Vec<String> = made.map(|(what, files)| format!("{who}: {what} {files}")).collect();
+        lines.extend(self.left_out.iter().map(|(file, why)| format!("{who}: left out {file}: {why}")));
+        if lines.is_empty() && self.error.is_none() {
+            lines.push(format!("{who}: nothing to do"));
+        }
+        lines
+    }
+}
+
+/// Does the same to each process's mount namespace and prints what was done.
+async fn changed(
+    workers: &Workers,
+    processes: Vec<Arc<Process>>,
+    wish: Wish,
+    source: Option<Arc<Source>>,
+    output: Output,
+) -> Result<ExitCode> {
+    let visits = stream::iter(processes).map(|process| {
+        let source = source.clone();
+        async move {
+            let pid = process.pid();
+            let visited = mount::reconcile(workers, process, wish, source).await;
+            match visited.unwrap_or_else(|late| Err(late.error.into())) {
+                Ok(outcome) => Change::new(pid, outcome, None),
+                Err(e) => {
+                    let told = e.to_string();
+                    let outcome =
+                        if let mount::Error::Steps { outcome, .. } = e { outcome } else { Outcome::default() };
+                    Change::new(pid, outcome, Some(told))
+                }
+            }
+        }
+    });
+    let changes: Vec<Change> = visits.buffered(AT_ONCE).collect().await;
+    print(output, &changes, || changes.iter().flat_map(Change::lines).collect())?;
+    let errors: Vec<&str> = changes.iter().filter_map(|c| c.error.as_deref()).collect();
+    match errors.as_slice() {
+        [] => Ok(ExitCode::SUCCESS),
+        [error] => bail!("{error}"),
+        [first, ..] => bail!("{} of {} containers failed, the first: {first}", errors.len(), changes.len()),
+    }
+}
+
+async fn status(common: &Common, output: Output) -> Result<ExitCode> {
+    let workers = workers(None)?;
+    let serving = match lxcfs::find(&workers, &common.lxcfs_path).await {
+        Ok(source) => Some(source.dev),
+        Err(e) => {
+            tracing::warn!("{e}");
+            None
+        }
+    };
+    let cri = (common.pid_from != PidFrom::Proc).then(|| Cri::new(common.cri_endpoint.clone()));
+    let all = node::status(&workers, serving, cri.as_ref()).await.context("/proc cannot be searched")?;
+    print(output, &all, || {
+        let or_dash = |text: &Option<String>| text.as_deref().unwrap_or("-").to_owned();
+        let row = |s: &node::Status| {
+            let worst = s.files.values().max().map_or(String::new(), |state| format!("{state:?}").to_lowercase());
+            let files: Vec<_> = s.files.keys().map(|file| file.name()).collect();
+            let id = s.id.as_ref().map_or("-".to_owned(), |id| id.short().to_owned());
+            let pod = match (&s.namespace, &s.pod) {
+                (Some(namespace), Some(pod)) => format!("{namespace}/{pod}"),
+                _ => "-".to_owned(),
+            };
+            [pod, or_dash(&s.container), id, s.pid.to_string(), worst, files.join(",")]
+        };
+        let header = ["POD", "CONTAINER", "ID", "PID", "STATE", "FILES"].map(str::to_owned);
+        columns(&std::iter::once(header).chain(all.iter().map(row)).collect::<Vec<_>>())
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Pads all columns but the last to their widest cell.
+fn columns<const N: usize>(rows: &[[String; N]]) -> Vec<String> {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..N).map(width).collect();
+    let line = |row: &[String; N]| {
+        let cells: Vec<String> = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        cells.join("  ").trim_end().to_owned()
+    };
+    rows.iter().map(line).collect()
+}
+
+fn print(output: Output, value: &impl Serialize, text: impl FnOnce() -> Vec<String>) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    let written = match output {
+        Output::Json => {
+            serde_json::to_writer_pretty(&mut out, value).map_err(std::io::Error::from).and_then(|()| writeln!(out))
+        }
+        Output::Text => text().iter().try_for_each(|line| writeln!(out, "{line}")),
+    };
+    match written.and_then(|()| out.flush()) {
+        // Whoever reads has seen enough, as `head` has.
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("the output cannot be written"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed_and_every_flag_is_explained() {
+        let mut cli = Cli::command();
+        cli.build();
+        cli.clone().debug_assert();
+        for command in cli.get_subcommands() {
+            assert!(command.get_name() == "help" || command.get_about().is_some(), "{}", command.get_name());
+            for arg in command.get_arguments() {
+                assert!(arg.get_help().is_some(), "{} {}", command.get_name(), arg.get_id());
+            }
+        }
+    }
+
+    #[test]
+    fn one_target_is_asked_for_and_no_more() {
+        for wrong in [
+            &["umount"][..],
+            &["umount", "--all", "--pid", "1"],
+            &["mount", "--all"],
+            &["mount"],
+            &["mount", "--pid", "x"],
+        ] {
+            let args = [&["kube-lxcfs"], wrong].concat();
+            assert_eq!(Cli::try_parse_from(args).unwrap_err().exit_code(), 2, "{wrong:?}");
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! The serving lxcfs: which one it is, what it serves, whether it answers. Reads only; every question to it has a deadline.
+
+use std::{
+    collections::BTreeMap,
+    io::Read,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use rustix::{
+    fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags},
+    io::Errno,
+};
+
+use crate::{
+    mount::{
+        Source, WorkError, Workers,
+        table::{LXCFS_FSTYPE, Table},
+    },
+    view::ViewFile,
+};
+
+/// Why no lxcfs serves at a path.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("lxcfs path {0}: no such directory; start lxcfs there, or name its mount with --lxcfs-path")]
+    Missing(PathBuf),
+    #[error("lxcfs path {0}: nothing is mounted there; start lxcfs there, or name its mount with --lxcfs-path")]
+    NotMounted(PathBuf),
+    #[error("lxcfs path {path}: a {fstype} is mounted there, no lxcfs; name the mount of lxcfs with --lxcfs-path")]
+    NotLxcfs { path: PathBuf, fstype: String },
+    #[error("lxcfs path {0}: its lxcfs has ended; unmount it (umount -l) and start lxcfs again")]
+    Dead(PathBuf),
+    #[error("lxcfs path {path}: lxcfs does not answer within {waited:?}; if it hangs, kill and restart it")]
+    Hung { path: PathBuf, waited: Duration },
+    #[error("lxcfs path {path}: {what}: {cause}")]
+    Io { path: PathBuf, what: &'static str, cause: std::io::Error },
+    #[error("lxcfs path {path}: {why}")]
+    Work { path: PathBuf, why: WorkError },
+}
+
+/// Finds the lxcfs that serves at `path`, sees whether it answers, and opens its view files.
+///
+/// # Errors
+/// When there is none, or it does not answer within the workers' deadline.
+pub async fn find(workers: &Workers, path: &Path) -> Result<Arc<Source>, Error> {
+    let owned = path.to_owned();
+    match workers.run(move |_| open(&owned)).await {
+        Ok(found) => found.map(Arc::new),
+        Err(late) => Err(match late.error {
+            WorkError::Deadline(waited) => Error::Hung { path: path.to_owned(), waited },
+            why => Error::Work { path: path.to_owned(), why },
+        }),
+    }
+}
+
+fn open(path: &Path) -> Result<Source, Error> {
+    let fail = |what| move |e: Errno| Error::Io { path: path.to_owned(), what, cause: e.into() };
+    // readlink(2) alone is asked of the path's last component, which FUSE answers for a directory without its server.
+    let real = path.canonicalize().map_err(|cause| match cause.kind() {
+        std::io::ErrorKind::NotFound => Error::Missing(path.to_owned()),
+        _ if cause.raw_os_error() == Some(libc::ENOTCONN) => Error::Dead(path.to_owned()),
+        _ => Error::Io { path: path.to_owned(), what: "cannot be resolved", cause },
+    })?;
+    let text = std::fs::read("/proc/thread-self/mountinfo");
+    let text = text.map_err(|cause| Error::Io { path: path.to_owned(), what: "reading the mount table", cause })?;
+    let table = Table::parse(&text);
+    let table = table.map_err(|e| Error::Io {
+        path: path.to_owned(),
+        what: "the mount table",
+        cause: std::io::Error::other(e),
+    })?;
+    let Some(mount) = table.top(real.as_os_str().as_encoded_bytes()) else {
+        return Err(Error::NotMounted(path.to_owned()));
+    };
+    if *mount.fstype != *LXCFS_FSTYPE || *mount.root != *b"/" {
+        let fstype = String::from_utf8_lossy(&mount.fstype).into_owned();
+        return Err(Error::NotLxcfs { path: path.to_owned(), fstype });
+    }
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(&real, flags, Mode::empty()).map_err(|e| match e {
+        Errno::NOTCONN => Error::Dead(path.to_owned()),
+        e => fail("cannot be opened")(e),
+    })?;
+    let opened = rustix::fs::statx(&root, "", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, StatxFlags::MNT_ID);
+    if opened.map_err(fail("cannot be looked at"))?.stx_mnt_id != mount.id {
+        let cause = std::io::Error::other("another mount took its place just now");
+        return Err(Error::Io { path: path.to_owned(), what: "cannot be opened", cause });
+    }
+    let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+    let mut files = BTreeMap::new();
+    for file in ViewFile::ALL {
+        match rustix::fs::openat2(&root, file.path(), OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve) {
+            Ok(fd) => drop(files.insert(file, fd)),
+            Err(Errno::NOENT | Errno::NOTDIR) => {}
+            Err(Errno::NOTCONN | Errno::CONNABORTED) => return Err(Error::Dead(path.to_owned())),
+            Err(e) => return Err(fail("its files cannot be opened")(e)),
+        }
+    }
+    probe(&root).map_err(|cause| match cause.raw_os_error() {
+        Some(libc::ENOTCONN | libc::ECONNABORTED) => Error::Dead(path.to_owned()),
+        _ => Error::Io { path: path.to_owned(), what: "reading its proc/uptime", cause },
+    })?;
+    Ok(Source { dev: mount.dev, files })
+}
+
+/// Whether lxcfs answers: the file that is cheapest for it is read.
+fn probe(root: &impl std::os::fd::AsFd) -> std::io::Result<()> {
+    let uptime = rustix::fs::openat(root, ViewFile::Uptime.path(), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut text = [0; 64];
+    match std::fs::File::from(uptime).read(&mut text)? {
+        0 => Err(std::io::Error::other("it is empty")),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,438 @@
+//! The mount driver: the only code that mounts. Puts view files into the mount namespace of one process, swaps them and takes
+//! them out, from outside. Knows nothing of pods, runtimes or lxcfs's health.
+//!
+//! A visit runs on a thread of [`Workers`]: enter by pidfd, read the mount table, plan, and if there is anything to do make
+//! detached mounts at home, enter again and attach them. Nothing in the container is trusted: paths are opened without
+//! following links and without crossing a mount, what they lie on is checked on the open descriptor, and a mount is detached
+//! by a descriptor whose mount id was compared with the table's.
+
+mod process;
+mod sys;
+pub mod table;
+mod workers;
+
+use std::{
+    collections::BTreeMap,
+    fmt, io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    sync::Arc,
+};
+
+use rustix::{
+    fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags},
+    mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags},
+    thread::{LinkNameSpaceType, ThreadNameSpaceType},
+};
+
+pub use self::{
+    process::{Process, ProcessError},
+    workers::{Error as WorkError, Late, Workers},
+};
+use crate::{
+    plan::{Dev, LeftOut, Plan, Serving, Step, There, Wish, plan},
+    view::{Base, ViewFile},
+};
+use table::Table;
+
+/// The view files of the serving lxcfs, each opened with `O_PATH`: every clone is made from these, so that putting a view
+/// into a container sends lxcfs no request.
+///
+/// Holding one keeps the lxcfs mount busy: drop it when there is nothing to do, or `umount` of lxcfs by its owner fails.
+#[derive(Debug)]
+pub struct Source {
+    pub dev: Dev,
+    pub files: BTreeMap<ViewFile, OwnedFd>,
+}
+
+impl Source {
+    /// What the plan needs of it.
+    pub fn serving(&self) -> Serving {
+        Serving { dev: self.dev, files: self.files.keys().copied().collect() }
+    }
+}
+
+/// Why a visit came to nothing. Where it says so, nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{0} has ended")]
+    Ended(i32),
+    #[error("process {0} is in the host's mount namespace, which is never touched")]
+    Host(i32),
+    #[error("process {0} is in kube-lxcfs's own mount namespace, which is never touched")]
+    Own(i32),
+    #[error("the mount namespace of process {pid} cannot be entered: {cause}")]
+    Enter { pid: i32, cause: io::Error },
+    #[error("the mount table of process {pid} cannot be read: {cause}")]
+    Observe { pid: i32, cause: io::Error },
+    /// Some steps were not made; the others were.
+    #[error("process {pid}: {}", .failed.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Steps { pid: i32, failed: Vec<StepError>, outcome: Outcome },
+    #[error(transparent)]
+    Work(#[from] WorkError),
+}
+
+/// A step that the kernel refused.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} {} failed: {cause}", .step.file())]
+pub struct StepError {
+    pub step: Step,
+    what: &'static str,
+    cause: io::Error,
+}
+
+/// What a visit found and did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// The steps that were made.
+    pub done: Vec<Step>,
+    /// What was wished and is not there.
+    pub left_out: Vec<(ViewFile, LeftOut)>,
+}
+
+/// Makes the view of `process`'s mount namespace what is wished. Without a `source` nothing is put in.
+///
+/// # Errors
+/// See [`Error`]; repeating is safe, what is already so stays so.
+pub async fn reconcile(
+    workers: &Workers,
+    process: Arc<Process>,
+    wish: Wish,
+    source: Option<Arc<Source>>,
+) -> Result<Result<Outcome, Error>, Late<Result<Outcome, Error>>> {
+    workers.run(move |seat| visit(seat, &process, wish, source.as_deref())).await
+}
+
+/// Reads what is there, and changes nothing.
+///
+/// # Errors
+/// See [`Error`].
+pub async fn observe(workers: &Workers, process: Arc<Process>) -> Result<There, Error> {
+    let looked = workers.run(move |seat| seat.inside(&process, |inside| inside.there())).await;
+    looked.unwrap_or_else(|late| Err(late.error.into()))
+}
+
+/// Whether the lxcfs behind a view file answers: the file is opened and read. One that hangs does not answer.
+pub async fn answers(workers: &Workers, process: Arc<Process>, file: ViewFile) -> bool {
+    let read = move |_: &Inside<'_>| {
+        let base = Inside::base(file.base()).ok();
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let open = |base| rustix::fs::openat2(base, file.below_base(), flags, Mode::empty(), resolve).ok();
+        Ok(base.and_then(open).is_some())
+    };
+    matches!(workers.run(move |seat| seat.inside(&process, read)).await, Ok(Ok(true)))
+}
+
+/// The visit itself, on a worker's thread.
+pub fn visit(seat: &Seat, process: &Process, wish: Wish, source: Option<&Source>) -> Result<Outcome, Error> {
+    let serving = source.map(Source::serving);
+    let Plan { steps, mut left_out } = plan(wish, &seat.inside(process, |inside| inside.there())?, serving);
+    if steps.is_empty() {
+        return Ok(Outcome { done: steps, left_out });
+    }
+    // Clones can be made only of mounts of the namespace one is in: at home.
+    let steps: Vec<(Step, Option<io::Result<OwnedFd>>)> = steps
+        .into_iter()
+        .map(|step| {
+            let source = source.and_then(|s| s.files.get(&step.file()));
+            let clone = match step {
+                Step::Inject(_) | Step::Swap(..) => source.map(|file| detached(file.as_fd())),
+                Step::Remove(..) => None,
+            };
+            (step, clone)
+        })
+        .collect();
+    let mut done = Vec::new();
+    let mut failed = Vec::new();
+    seat.inside(process, |inside| {
+        for (step, clone) in steps {
+            match inside.make(step, clone) {
+                Ok(()) => done.push(step),
+                Err((_, Refusal::LeftOut(why))) => left_out.push((step.file(), why)),
+                Err((what, Refusal::Failed(cause))) => failed.push(StepError { step, what, cause }),
+            }
+        }
+        Ok(())
+    })?;
+    let outcome = Outcome { done, left_out };
+    if failed.is_empty() { Ok(outcome) } else { Err(Error::Steps { pid: process.pid(), failed, outcome }) }
+}
+
+/// A detached mount of one view file, with the options of a view.
+fn detached(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    let clone = rustix::mount::open_tree(file, "", flags)?;
+    sys::make_view(&clone)?;
+    Ok(clone)
+}
+
+/// The device and inode number of a mount namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct NamespaceId(u64, u64);
+
+/// What a worker's thread holds between visits: the way home, and a `/proc` that no container can touch.
+#[derive(Debug)]
+pub struct Seat {
+    home: OwnedFd,
+    home_id: NamespaceId,
+    /// The initial mount namespace as far as it can be told: pid 1's where readable, and the kernel threads'.
+    host_ids: Vec<NamespaceId>,
+    proc: OwnedFd,
+    beneath: bool,
+}
+
+impl Seat {
+    /// Makes the calling thread a worker's: its root and working directory become its own, apart from the process's.
+    ///
+    /// # Errors
+    /// Without `CAP_SYS_ADMIN`, or where `/proc` is not mounted.
+    pub fn take() -> io::Result<Seat> {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
+        let proc = rustix::fs::open("/proc", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let home = rustix::fs::openat(&proc, "thread-self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let home_id = id_of(&rustix::fs::fstat(&home)?);
+        // Kernel threads have the initial mount namespace; where pid 2 is another process, pid namespaces are nested, and it
+        // is not asked.
+        let kthreadd = std::fs::read("/proc/2/comm").is_ok_and(|comm| comm == b"kthreadd\n");
+        let host_ids = [Some(1), kthreadd.then_some(2)]
+            .into_iter()
+            .flatten()
+            .filter_map(|pid| rustix::fs::statat(&proc, format!("{pid}/ns/mnt"), AtFlags::empty()).ok())
+            .map(|stat| id_of(&stat))
+            .collect();
+        Ok(Seat { home, home_id, host_ids, proc, beneath: has_move_mount_beneath() })
+    }
+
+    /// Runs `work` in the process's mount namespace and comes home.
+    fn inside<T>(&self, process: &Process, work: impl FnOnce(&Inside<'_>) -> Result<T, Error>) -> Result<T, Error> {
+        let pid = process.pid();
+        let enter = rustix::thread::move_into_thread_name_spaces(process.as_fd(), ThreadNameSpaceType::MOUNT);
+        enter.map_err(|e| match e {
+            rustix::io::Errno::SRCH => Error::Ended(pid),
+            e => Error::Enter { pid, cause: e.into() },
+        })?;
+        let home = Return(self);
+        let here = rustix::fs::statat(&self.proc, "thread-self/ns/mnt", AtFlags::empty()).map(|stat| id_of(&stat));
+        let here = here.map_err(|e| Error::Enter { pid, cause: e.into() })?;
+        if self.host_ids.contains(&here) {
+            return Err(Error::Host(pid));
+        }
+        if here == self.home_id {
+            return Err(Error::Own(pid));
+        }
+        let done = work(&Inside { seat: self, pid });
+        drop(home);
+        done
+    }
+
+    /// Whether a peer group has a member in the host's mount namespace, or in ours. What cannot be read counts as a yes.
+    fn shares(&self, group: u64) -> bool {
+        let has = |path: &str| {
+            let text = self.read(path).ok()?;
+            Some(Table::parse(&text).ok()?.0.iter().any(|m| m.shared == Some(group)))
+        };
+        // Either of the first processes shows the host's table; here and there one of them is not readable.
+        let host = has("2/mountinfo").or_else(|| has("1/mountinfo"));
+        has("self/mountinfo").unwrap_or(true) || host.unwrap_or(true)
+    }
+
+    /// Reads a file of the trusted `/proc`.
+    fn read(&self, path: &str) -> io::Result<Vec<u8>> {
+        let file = rustix::fs::openat(&self.proc, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let mut text = Vec::with_capacity(16 << 10);
+        io::Read::read_to_end(&mut std::fs::File::from(file), &mut text)?;
+        Ok(text)
+    }
+}
+
+fn id_of(stat: &rustix::fs::Stat) -> NamespaceId {
+    NamespaceId(stat.st_dev, stat.st_ino)
+}
+
+/// Brings the thread home when dropped, also when a visit panics.
+struct Return<'a>(&'a Seat);
+
+impl Drop for Return<'_> {
+    fn drop(&mut self) {
+        let home = rustix::thread::move_into_link_name_space(self.0.home.as_fd(), Some(LinkNameSpaceType::Mount));
+        if let Err(e) = home {
+            // The descriptor is held and the capability was there on the way in, so this cannot be; but a thread that stays
+            // in a container must not go on, and an agent that starts again loses nothing.
+            tracing::error!("no way back from a container's mount namespace: {e}");
+            std::process::abort();
+        }
+    }
+}
+
+/// Why one step was not made.
+enum Refusal {
+    LeftOut(LeftOut),
+    Failed(io::Error),
+}
+
+impl From<rustix::io::Errno> for Refusal {
+    fn from(e: rustix::io::Errno) -> Self {
+        Refusal::Failed(e.into())
+    }
+}
+
+/// The thread while it is in a container's mount namespace.
+struct Inside<'a> {
+    seat: &'a Seat,
+    pid: i32,
+}
+
+impl Inside<'_> {
+    fn there(&self) -> Result<There, Error> {
+        let observe = |cause| Error::Observe { pid: self.pid, cause };
+        let text = self.seat.read("thread-self/mountinfo").map_err(observe)?;
+        let table = Table::parse(&text).map_err(|e| observe(io::Error::other(e)))?;
+        Ok(table.there(|group| self.seat.shares(group)))
+    }
+
+    fn make(&self, step: Step, clone: Option<io::Result<OwnedFd>>) -> Result<(), (&'static str, Refusal)> {
+        let clone = clone.transpose().map_err(|e| ("cloning", Refusal::Failed(e)))?;
+        match (step, clone) {
+            (Step::Inject(file), Some(clone)) => self.inject(file, &clone).map_err(|e| ("mounting", e)),
+            (Step::Remove(file, id), _) => self.remove(file, id).map_err(|e| ("unmounting", e)),
+            (Step::Swap(file, id), Some(clone)) if self.seat.beneath => {
+                self.swap(file, id, &clone).map_err(|e| ("swapping", e))
+            }
+            // Before kernel 6.5 there is a moment with the container's own file.
+            (Step::Swap(file, id), Some(clone)) => {
+                let swap = self.remove(file, id).and_then(|()| self.inject(file, &clone));
+                swap.map_err(|e| ("swapping", e))
+            }
+            (Step::Inject(_) | Step::Swap(..), None) => {
+                Err(("cloning", Refusal::Failed(io::Error::other("lxcfs does not serve it"))))
+            }
+        }
+    }
+
+    fn inject(&self, file: ViewFile, clone: &OwnedFd) -> Result<(), Refusal> {
+        let base = Self::base(file.base())?;
+        let target = open(&base, file.below_base(), ResolveFlags::NO_XDEV).map_err(|e| match e {
+            rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR => Refusal::LeftOut(LeftOut::NotInContainer),
+            // Another mount is on the path, or on a directory above it, that the table did not show at the path itself.
+            rustix::io::Errno::XDEV => Refusal::LeftOut(LeftOut::Occupied),
+            e => e.into(),
+        })?;
+        Ok(move_mount(clone, &target, MoveMountFlags::empty())?)
+    }
+
+    fn swap(&self, file: ViewFile, id: u64, clone: &OwnedFd) -> Result<(), Refusal> {
+        let Some(old) = self.mounted(file, id)? else {
+            return Err(Refusal::Failed(io::Error::other("it was changed meanwhile")));
+        };
+        move_mount(clone, &old, MoveMountFlags::MOVE_MOUNT_BENEATH)?;
+        Ok(self.detach(&old)?)
+    }
+
+    fn remove(&self, file: ViewFile, id: u64) -> Result<(), Refusal> {
+        match self.mounted(file, id)? {
+            Some(view) => Ok(self.detach(&view)?),
+            None => Err(Refusal::Failed(io::Error::other("it was changed meanwhile"))),
+        }
+    }
+
+    /// The mount on a view file's path, if it is the one with this id. Sends its file system no request.
+    fn mounted(&self, file: ViewFile, id: u64) -> Result<Option<OwnedFd>, Refusal> {
+        let base = Self::base(file.base())?;
+        let top = open(&base, file.below_base(), ResolveFlags::empty())?;
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        let found = rustix::fs::statx(&top, "", flags, StatxFlags::MNT_ID)?;
+        Ok((found.stx_mnt_id == id).then_some(top))
+    }
+
+    /// Detaches the mount whose root is open as `view`. By descriptor, because a path could have come to mean another one.
+    fn detach(&self, view: &OwnedFd) -> Result<(), rustix::io::Errno> {
+        rustix::process::fchdir(&self.seat.proc)?;
+        rustix::mount::unmount(format!("thread-self/fd/{}", view.as_raw_fd()), UnmountFlags::DETACH)
+    }
+
+    /// The container's `/proc` or `/sys`, checked to be procfs or sysfs.
+    fn base(base: Base) -> Result<OwnedFd, Refusal> {
+        let root = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let dir = open(&root, base.path(), ResolveFlags::empty())?;
+        let expected = match base {
+            Base::Proc => nix::sys::statfs::PROC_SUPER_MAGIC,
+            Base::Sys => nix::sys::statfs::SYSFS_MAGIC,
+        };
+        if rustix::fs::fstatfs(&dir)?.f_type == expected.0 {
+            Ok(dir)
+        } else {
+            let why = format!("/{} is no {}", base.path(), base.fstype());
+            Err(Refusal::Failed(io::Error::other(why)))
+        }
+    }
+}
+
+fn open(dir: impl AsFd, path: &str, more: ResolveFlags) -> Result<OwnedFd, rustix::io::Errno> {
+    let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | more;
+    rustix::fs::openat2(dir, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
+}
+
+fn move_mount(mount: &OwnedFd, target: &OwnedFd, more: MoveMountFlags) -> Result<(), rustix::io::Errno> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH | more;
+    rustix::mount::move_mount(mount, "", target, "", flags)
+}
+
+/// A descriptor that is none.
+fn nowhere() -> BorrowedFd<'static> {
+    rustix::fs::ABS
+}
+
+/// Whether this kernel can mount beneath another mount (6.5 and later). Earlier ones refuse the unknown flag.
+pub fn has_move_mount_beneath() -> bool {
+    rustix::mount::move_mount(nowhere(), "x", nowhere(), "x", MoveMountFlags::MOVE_MOUNT_BENEATH)
+        != Err(rustix::io::Errno::INVAL)
+}
+
+/// A system call that the driver cannot do without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Call {
+    pub name: &'static str,
+    /// The kernel that brought it.
+    pub since: &'static str,
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} (kernel {})", self.name, self.since)
+    }
+}
+
+/// What this kernel, or the seccomp profile on it, refuses.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("this kernel, or a seccomp profile, does not have {}: kernel 5.12 or later without such a profile is needed", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))]
+pub struct Lacking(pub Vec<Call>);
+
+/// Makes each call once with nothing to work on.
+///
+/// # Errors
+/// The calls that are missing or forbidden.
+pub fn verify_calls() -> Result<(), Lacking> {
+    use rustix::io::Errno;
+    let missing = |e: Errno| e == Errno::NOSYS || e == Errno::PERM;
+    let mut lacking = Vec::new();
+    let mut probe = |name, since, result: Result<(), Errno>| {
+        if result.is_err_and(missing) {
+            lacking.push(Call { name, since });
+        }
+    };
+    let tree = OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let nothing = MoveMountFlags::empty();
+    // No process has the largest pid: its error is ESRCH.
+    let nobody = rustix::process::Pid::from_raw(i32::MAX).map_or(Err(Errno::SRCH), |pid| {
+        rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).map(drop)
+    });
+    probe("pidfd_open", "5.3", nobody);
+    probe("open_tree", "5.2", rustix::mount::open_tree(nowhere(), "x", tree).map(drop));
+    probe("move_mount", "5.2", rustix::mount::move_mount(nowhere(), "x", nowhere(), "x", nothing));
+    probe("openat2", "5.6", open(nowhere(), "x", ResolveFlags::empty()).map(drop));
+    let mount_setattr = sys::probe_mount_setattr().map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO));
+    probe("mount_setattr", "5.12", mount_setattr);
+    let setns = rustix::thread::move_into_thread_name_spaces(nowhere(), ThreadNameSpaceType::MOUNT);
+    probe("setns", "5.8", setns);
+    if lacking.is_empty() { Ok(()) } else { Err(Lacking(lacking)) }
+}

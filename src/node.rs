@@ -1,0 +1,144 @@
+//! The node as it is: every mount namespace once, and which views are in them. Needs no runtime and no API server.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    io,
+    os::unix::fs::MetadataExt,
+    sync::Arc,
+};
+
+use futures::{StreamExt, stream};
+use serde::Serialize;
+
+use crate::{
+    mount::{self, Process, Workers},
+    plan::{Dev, There},
+    runtime::{self, ContainerId},
+    view::ViewFile,
+};
+
+/// How many namespaces are looked at side by side.
+const AT_ONCE: usize = 16;
+
+/// One process of every mount namespace of this node but our own.
+///
+/// # Errors
+/// When `/proc` cannot be listed.
+pub fn namespaces() -> io::Result<Vec<Arc<Process>>> {
+    let id = |path: String| std::fs::metadata(path).map(|m| (m.dev(), m.ino()));
+    let mut seen = HashSet::from([id("/proc/self/ns/mnt".into())?]);
+    let mut processes = Vec::new();
+    for entry in std::fs::read_dir("/proc")? {
+        let Some(pid) = entry.ok().and_then(|e| e.file_name().to_str()?.parse::<i64>().ok()) else { continue };
+        // A process may end at any moment, and a kernel thread or a zombie has no namespace to look at.
+        let Ok(namespace) = id(format!("/proc/{pid}/ns/mnt")) else { continue };
+        if seen.contains(&namespace) {
+            continue;
+        }
+        if let Ok(process) = Process::open(pid) {
+            seen.insert(namespace);
+            processes.push(Arc::new(process));
+        }
+    }
+    Ok(processes)
+}
+
+/// A mount namespace with a view.
+#[derive(Debug)]
+pub struct Viewed {
+    pub process: Arc<Process>,
+    pub there: There,
+}
+
+/// Every mount namespace that has a view of ours. Those that cannot be looked at are left out; the log says why.
+///
+/// # Errors
+/// When `/proc` cannot be listed.
+pub async fn views(workers: &Workers) -> io::Result<Vec<Viewed>> {
+    let processes = namespaces()?;
+    let looked = stream::iter(processes).map(|process| async move {
+        match mount::observe(workers, process.clone()).await {
+            Ok(there) if there.views().next().is_some() => Some(Viewed { process, there }),
+            Ok(_) | Err(mount::Error::Ended(_) | mount::Error::Host(_) | mount::Error::Own(_)) => None,
+            Err(e) => {
+                tracing::warn!("left out: {e}");
+                None
+            }
+        }
+    });
+    let mut viewed: Vec<Viewed> = looked.buffer_unordered(AT_ONCE).filter_map(async |v| v).collect().await;
+    viewed.sort_by_key(|v| v.process.pid());
+    Ok(viewed)
+}
+
+/// Whether the lxcfs behind a view file answers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// It comes from the lxcfs that serves now.
+    Current,
+    /// It comes from another lxcfs, which still answers.
+    Stale,
+    /// Its lxcfs is gone, or hangs.
+    Dead,
+}
+
+/// The view of one container, as `status` shows it.
+#[derive(Debug, Serialize)]
+pub struct Status {
+    pub namespace: Option<String>,
+    pub pod: Option<String>,
+    pub container: Option<String>,
+    pub id: Option<ContainerId>,
+    pub pid: i32,
+    pub files: BTreeMap<ViewFile, State>,
+}
+
+/// The views of this node. `serving` is the lxcfs that serves now; names are added where the runtime can tell them.
+///
+/// # Errors
+/// When `/proc` cannot be listed.
+pub async fn status(
+    workers: &Workers,
+    serving: Option<Dev>,
+    cri: Option<&runtime::cri::Cri>,
+) -> io::Result<Vec<Status>> {
+    let mut names = HashMap::new();
+    if let Some(cri) = cri {
+        match cri.pods().await {
+            Ok(pods) => {
+                for pod in pods {
+                    for container in pod.containers {
+                        let Some(id) = container.id else { continue };
+                        names.insert(id, (pod.namespace.clone(), pod.name.clone(), container.name));
+                    }
+                }
+            }
+            Err(e) => tracing::warn!("pods and containers are shown without their names: {e}"),
+        }
+    }
+    // One file of one container tells for all views of an lxcfs.
+    let mut answers: HashMap<Dev, State> = serving.into_iter().map(|dev| (dev, State::Current)).collect();
+    let mut all = Vec::new();
+    for Viewed { process, there } in views(workers).await? {
+        let mut files = BTreeMap::new();
+        for (file, dev) in there.views() {
+            let state = match answers.get(&dev) {
+                Some(state) => *state,
+                None if mount::answers(workers, process.clone(), file).await => State::Stale,
+                None => State::Dead,
+            };
+            answers.insert(dev, state);
+            files.insert(file, state);
+        }
+        let pid = process.pid();
+        let id = runtime::proc::container(pid);
+        let (namespace, pod, container) = match id.as_ref().and_then(|id| names.remove(id)) {
+            Some((namespace, pod, container)) => (Some(namespace), Some(pod), Some(container)),
+            None => (None, None, None),
+        };
+        all.push(Status { namespace, pod, container, id, pid, files });
+    }
+    all.sort_by(|a, b| (&a.namespace, &a.pod, &a.container, a.pid).cmp(&(&b.namespace, &b.pod, &b.container, b.pid)));
+    Ok(all)
+}

@@ -1,0 +1,122 @@
+//! Kubernetes Events on the pods (events.k8s.io/v1). Needs `create` on events; a lost event is logged and not repeated.
+
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::ObjectReference;
+use kube::{
+    Client,
+    runtime::events::{Event, EventType, Recorder, Reporter},
+};
+use tokio::sync::mpsc;
+
+/// The pod an event is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodRef {
+    pub uid: String,
+    pub namespace: String,
+    pub name: String,
+}
+
+/// Why an event is told: the reasons of the contract.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reason {
+    LxcfsInjected,
+    LxcfsRemoved,
+    LxcfsRemounted,
+    LxcfsInjectFailed,
+    LxcfsInvalidAnnotation,
+    LxcfsUnsupportedRuntime,
+}
+
+impl Reason {
+    fn warns(self) -> bool {
+        matches!(self, Reason::LxcfsInjectFailed | Reason::LxcfsInvalidAnnotation | Reason::LxcfsUnsupportedRuntime)
+    }
+}
+
+/// One event: one per pod and change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodEvent {
+    pub pod: PodRef,
+    pub reason: Reason,
+    pub note: String,
+}
+
+/// The API's limit for an event's note, in bytes.
+const LONGEST_NOTE: usize = 1024;
+/// So long an event is tried before it is given up.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// More events than these waiting are dropped: views matter more than events.
+const MOST_WAITING: usize = 1024;
+
+/// Where events go: to the log, and with an API server onto the pods.
+#[derive(Clone, Debug)]
+pub struct Events(Option<mpsc::Sender<PodEvent>>);
+
+impl Events {
+    /// Events in the log alone.
+    pub fn to_log() -> Events {
+        Events(None)
+    }
+
+    /// Events onto the pods, told as by the agent on `node`. Runs until the last clone is dropped.
+    pub fn to_pods(client: Client, node: String) -> Events {
+        let (sender, mut waiting) = mpsc::channel::<PodEvent>(MOST_WAITING);
+        tokio::spawn(async move {
+            while let Some(event) = waiting.recv().await {
+                // A recorder folds events alike into a series that keeps the first one's note; each of ours is a change.
+                let reporter = Reporter { controller: "kube-lxcfs".into(), instance: Some(node.clone()) };
+                publish(&Recorder::new(client.clone(), reporter), event).await;
+            }
+        });
+        Events(Some(sender))
+    }
+
+    /// Tells an event; never waits.
+    pub fn tell(&self, event: PodEvent) {
+        let PodEvent { pod, reason, note } = &event;
+        let pod = format!("{}/{}", pod.namespace, pod.name);
+        if reason.warns() {
+            tracing::warn!(pod, ?reason, "{note}");
+        } else {
+            tracing::info!(pod, ?reason, "{note}");
+        }
+        if let Some(sender) = &self.0
+            && sender.try_send(event).is_err()
+        {
+            tracing::warn!(pod, "an event was dropped: too many wait for the API server");
+        }
+    }
+}
+
+async fn publish(recorder: &Recorder, PodEvent { pod, reason, mut note }: PodEvent) {
+    if note.len() > LONGEST_NOTE {
+        note.truncate(note.floor_char_boundary(LONGEST_NOTE - '…'.len_utf8()));
+        note.push('…');
+    }
+    let event = Event {
+        type_: if reason.warns() { EventType::Warning } else { EventType::Normal },
+        reason: format!("{reason:?}"),
+        note: Some(note),
+        action: "View".into(),
+        secondary: None,
+    };
+    let regarding = ObjectReference {
+        api_version: Some("v1".into()),
+        kind: Some("Pod".into()),
+        name: Some(pod.name.clone()),
+        namespace: Some(pod.namespace.clone()),
+        uid: Some(pod.uid),
+        ..ObjectReference::default()
+    };
+    let told = tokio::time::timeout(TIMEOUT, recorder.publish(&event, &regarding)).await;
+    let (namespace, name) = (pod.namespace, pod.name);
+    match told {
+        Ok(Ok(())) => {}
+        // The namespace is being deleted, or the pod's is gone: nobody is left to read it.
+        Ok(Err(e)) => tracing::warn!("event {reason:?} on pod {namespace}/{name} was not accepted: {e}"),
+        Err(_) => tracing::warn!(
+            "event {reason:?} on pod {namespace}/{name}: no answer from the API server within {TIMEOUT:?}"
+        ),
+    }
+}
