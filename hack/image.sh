@@ -5,7 +5,7 @@ set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
 name=localhost/kube-lxcfs/busybox:1
-archive="$CACHE/busybox-image-2.tar"
+archive="$CACHE/busybox-image-1.tar"
 
 # copy PROGRAM ROOT: with the libraries it is linked to.
 copy() {
@@ -29,13 +29,13 @@ build() {
     mkdir -p "$root"/{bin,proc,sys,dev,tmp,etc,run}
     install "$(command -v busybox)" "$root/bin/busybox"
     for applet in $(busybox --list); do
-        ln -sf busybox "$root/bin/$applet"
+        [ -e "$root/bin/$applet" ] || ln -s busybox "$root/bin/$applet"
     done
     for applet in free uptime nproc; do
         if have "$applet"; then copy "$applet" "$root"; fi
     done
     tar --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -C "$root" -cf "$work/layer.tar" .
-    printf '{"architecture":"%s","os":"linux","config":{"Env":["PATH=/usr/bin:/bin"]},"rootfs":{"type":"layers","diff_ids":["sha256:%s"]}}' \
+    printf '{"architecture":"%s","os":"linux","config":{"Env":["PATH=/usr/bin:/bin"],"Cmd":["/bin/sleep","1000000"]},"rootfs":{"type":"layers","diff_ids":["sha256:%s"]}}' \
         "$(dpkg --print-architecture)" "$(digest "$work/layer.tar")" >"$work/config.json"
     printf '[{"Config":"config.json","RepoTags":["%s"],"Layers":["layer.tar"]}]' "$name" >"$work/manifest.json"
     tar -C "$work" -cf "$work/image.tar" manifest.json config.json layer.tar

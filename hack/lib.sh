@@ -31,11 +31,10 @@ need_root() {
 
 # locked NAME COMMAND...: runs COMMAND while no other script holds NAME; two `make`s side by side build once.
 locked() {
-    local name=$1
-    shift
+    # No local names: what is called sees them instead of its own script's.
     mkdir -p "$CACHE"
     (
         flock 9
-        "$@"
-    ) 9>"$CACHE/$name.lock"
+        "${@:2}"
+    ) 9>"$CACHE/$1.lock"
 }

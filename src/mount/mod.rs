@@ -54,7 +54,7 @@ impl Source {
 /// Why a visit came to nothing. Where it says so, nothing was changed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("{0} has ended")]
+    #[error("process {0} has ended")]
     Ended(i32),
     #[error("process {0} is in the host's mount namespace, which is never touched")]
     Host(i32),

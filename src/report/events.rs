@@ -1,6 +1,6 @@
-//! Kubernetes Events on the pods (events.k8s.io/v1). Needs `create` on events; a lost event is logged and not repeated.
+//! Kubernetes Events on the pods (events.k8s.io/v1). Needs `create` on events; while the API server is away they wait.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::{
@@ -44,8 +44,12 @@ pub struct PodEvent {
 
 /// The API's limit for an event's note, in bytes.
 const LONGEST_NOTE: usize = 1024;
-/// So long an event is tried before it is given up.
+/// So long one try may take.
 const TIMEOUT: Duration = Duration::from_secs(10);
+/// The first and the longest wait before another try.
+const RETRY: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
+/// So long an event is tried before it is given up; the API server keeps events for an hour.
+const GIVE_UP: Duration = Duration::from_secs(600);
 /// More events than these waiting are dropped: views matter more than events.
 const MOST_WAITING: usize = 1024;
 
@@ -109,14 +113,26 @@ async fn publish(recorder: &Recorder, PodEvent { pod, reason, mut note }: PodEve
         uid: Some(pod.uid),
         ..ObjectReference::default()
     };
-    let told = tokio::time::timeout(TIMEOUT, recorder.publish(&event, &regarding)).await;
     let (namespace, name) = (pod.namespace, pod.name);
-    match told {
-        Ok(Ok(())) => {}
-        // The namespace is being deleted, or the pod's is gone: nobody is left to read it.
-        Ok(Err(e)) => tracing::warn!("event {reason:?} on pod {namespace}/{name} was not accepted: {e}"),
-        Err(_) => tracing::warn!(
-            "event {reason:?} on pod {namespace}/{name}: no answer from the API server within {TIMEOUT:?}"
-        ),
+    let begun = Instant::now();
+    let mut wait = RETRY.0;
+    loop {
+        let why = match tokio::time::timeout(TIMEOUT, recorder.publish(&event, &regarding)).await {
+            Ok(Ok(())) => return,
+            // It was understood and refused, as where the namespace is being deleted: another try changes nothing.
+            Ok(Err(kube::Error::Api(status))) if (400..500).contains(&status.code) && status.code != 429 => {
+                tracing::warn!("event {reason:?} on pod {namespace}/{name} was refused: {}", status.message);
+                return;
+            }
+            Ok(Err(e)) => e.to_string(),
+            Err(_) => format!("no answer within {TIMEOUT:?}"),
+        };
+        if begun.elapsed() > GIVE_UP {
+            tracing::warn!("event {reason:?} on pod {namespace}/{name} was given up: {why}");
+            return;
+        }
+        tracing::debug!("event {reason:?} on pod {namespace}/{name} waits for the API server: {why}");
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(RETRY.1);
     }
 }

@@ -254,8 +254,8 @@ fn timed<T>(message: T) -> Request<T> {
 /// A status in one line, with the cause that tonic hides behind «transport error».
 fn told(status: &Status) -> String {
     let mut told = match status.code() {
-        Code::Cancelled | Code::DeadlineExceeded => format!("no answer within {TIMEOUT:?}"),
-        Code::Unimplemented => "it does not know CRI v1".to_owned(),
+        Code::Cancelled | Code::DeadlineExceeded => return format!("no answer within {TIMEOUT:?}"),
+        Code::Unimplemented => return "it does not know CRI v1".to_owned(),
         _ => status.message().to_owned(),
     };
     let mut cause = std::error::Error::source(status);

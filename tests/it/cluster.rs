@@ -1,0 +1,167 @@
+//! A real etcd and kube-apiserver on loopback, with RBAC, and the agent's own user with the rules of the contract.
+
+use std::{
+    fs,
+    net::{Ipv4Addr, TcpListener},
+    path::{Path, PathBuf},
+};
+
+use kube::{Client, Config, config::Kubeconfig};
+use tempfile::TempDir;
+
+use crate::harness::*;
+
+const ADMIN: &str = "admin-token";
+const AGENT: &str = "agent-token";
+
+/// What the agent may do, and nothing more.
+const RBAC: &str = r#"{"apiVersion":"v1","kind":"List","items":[
+{"apiVersion":"rbac.authorization.k8s.io/v1","kind":"ClusterRole","metadata":{"name":"kube-lxcfs"},"rules":[
+ {"apiGroups":[""],"resources":["pods","namespaces"],"verbs":["get","list","watch"]},
+ {"apiGroups":["events.k8s.io"],"resources":["events"],"verbs":["create","patch"]}]},
+{"apiVersion":"rbac.authorization.k8s.io/v1","kind":"ClusterRoleBinding","metadata":{"name":"kube-lxcfs"},
+ "roleRef":{"apiGroup":"rbac.authorization.k8s.io","kind":"ClusterRole","name":"kube-lxcfs"},
+ "subjects":[{"kind":"User","name":"kube-lxcfs","apiGroup":"rbac.authorization.k8s.io"}]}]}"#;
+
+#[derive(Debug)]
+pub(crate) struct Cluster {
+    dir: TempDir,
+    port: u16,
+    etcd_port: u16,
+    apiserver: Option<Running>,
+    _etcd: Running,
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
+}
+
+/// The folder of kube-apiserver, as hack/kubernetes.sh finds or builds it.
+fn assets() -> PathBuf {
+    match std::env::var_os("KUBEBUILDER_ASSETS") {
+        Some(dir) => dir.into(),
+        None => cache("kubernetes-1.20.2"),
+    }
+}
+
+fn either(name: &str) -> std::process::Command {
+    let own = assets().join(name);
+    if own.exists() { std::process::Command::new(own) } else { program(name) }
+}
+
+impl Cluster {
+    pub(crate) fn start() -> Cluster {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("tokens"), format!("{ADMIN},admin,1,system:masters\n{AGENT},kube-lxcfs,2\n")).unwrap();
+        let keyed = program("openssl").args(["genrsa", "-out"]).arg(at("sa.key")).arg("2048").output().unwrap();
+        assert!(keyed.status.success(), "{}", stderr(&keyed));
+        let (port, etcd_port, peer_port) = (free_port(), free_port(), free_port());
+        let url = |port: u16| format!("http://127.0.0.1:{port}");
+        let mut etcd = either("etcd");
+        etcd.arg("--data-dir").arg(at("etcd")).args(["--unsafe-no-fsync", "--listen-client-urls", &url(etcd_port)]);
+        etcd.args(["--advertise-client-urls", &url(etcd_port), "--listen-peer-urls", &url(peer_port)]);
+        etcd.args([
+            "--initial-advertise-peer-urls",
+            &url(peer_port),
+            "--initial-cluster",
+            &format!("default={}", url(peer_port)),
+        ]);
+        // etcd before 3.5 has the flag under another name or not at all; a test's data may be lost anyway.
+        let help = either("etcd").arg("--help").output().unwrap();
+        let mut etcd = if stdout(&help).contains("unsafe-no-fsync") { etcd } else { without_fsync_flag(&etcd) };
+        let etcd = Running::start(&mut etcd, &at("etcd.log"));
+        let mut cluster = Cluster { port, etcd_port, apiserver: None, _etcd: etcd, dir };
+        cluster.up();
+        cluster.write_kubeconfig("admin", ADMIN);
+        cluster.write_kubeconfig("agent", AGENT);
+        let list = at_path(&cluster.dir, "rbac.json");
+        fs::write(&list, RBAC).unwrap();
+        cluster.kubectl(&["apply", "-f", list.to_str().unwrap()]);
+        cluster
+    }
+
+    /// Starts the API server (again), with the same state at the same port.
+    pub(crate) fn up(&mut self) {
+        let at = |name: &str| at_path(&self.dir, name).to_str().unwrap().to_owned();
+        let mut apiserver = either("kube-apiserver");
+        apiserver.args([
+            format!("--etcd-servers=http://127.0.0.1:{}", self.etcd_port),
+            "--bind-address=127.0.0.1".into(),
+            "--advertise-address=127.0.0.1".into(),
+            format!("--secure-port={}", self.port),
+            format!("--cert-dir={}", at("certs")),
+            "--authorization-mode=RBAC".into(),
+            format!("--token-auth-file={}", at("tokens")),
+            format!("--service-account-key-file={}", at("sa.key")),
+            format!("--service-account-signing-key-file={}", at("sa.key")),
+            "--service-account-issuer=https://kube-lxcfs.test".into(),
+            "--service-cluster-ip-range=10.96.0.0/24".into(),
+            "--endpoint-reconciler-type=none".into(),
+            // Nobody here makes service accounts.
+            "--disable-admission-plugins=ServiceAccount".into(),
+        ]);
+        let process = Running::start(&mut apiserver, &at_path(&self.dir, "apiserver.log"));
+        self.write_kubeconfig("admin", ADMIN);
+        eventually("the API server is ready", || {
+            let ready = self.try_kubectl(&["get", "--raw", "/readyz"]);
+            if ready.status.success() {
+                Ok(())
+            } else {
+                Err(format!("{} {}", stderr(&ready), process.log().lines().last().unwrap_or("")))
+            }
+        });
+        self.apiserver = Some(process);
+    }
+
+    pub(crate) fn down(&mut self) {
+        if let Some(mut process) = self.apiserver.take() {
+            process.kill();
+        }
+    }
+
+    fn write_kubeconfig(&self, name: &str, token: &str) {
+        let config = serde_json::json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c", "cluster": {"server": format!("https://127.0.0.1:{}", self.port), "insecure-skip-tls-verify": true}}],
+            "users": [{"name": "u", "user": {"token": token}}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}]});
+        fs::write(self.kubeconfig(name), config.to_string()).unwrap();
+    }
+
+    pub(crate) fn kubeconfig(&self, name: &str) -> PathBuf {
+        at_path(&self.dir, &format!("{name}.json"))
+    }
+
+    fn try_kubectl(&self, args: &[&str]) -> std::process::Output {
+        program("kubectl")
+            .arg("--kubeconfig")
+            .arg(self.kubeconfig("admin"))
+            .args(args)
+            .env("HOME", self.dir.path())
+            .output()
+            .unwrap()
+    }
+
+    /// Runs kubectl as the administrator.
+    pub(crate) fn kubectl(&self, args: &[&str]) -> String {
+        let output = self.try_kubectl(args);
+        assert!(output.status.success(), "kubectl {args:?}: {}", stderr(&output));
+        stdout(&output)
+    }
+
+    /// A client for the administrator.
+    pub(crate) async fn client(&self) -> Client {
+        let kubeconfig = Kubeconfig::read_from(self.kubeconfig("admin")).unwrap();
+        Client::try_from(Config::from_custom_kubeconfig(kubeconfig, &Default::default()).await.unwrap()).unwrap()
+    }
+}
+
+fn without_fsync_flag(command: &std::process::Command) -> std::process::Command {
+    let mut plain = std::process::Command::new(command.get_program());
+    plain.args(command.get_args().filter(|arg| *arg != "--unsafe-no-fsync"));
+    plain
+}
+
+fn at_path(dir: &TempDir, name: &str) -> PathBuf {
+    Path::new(dir.path()).join(name)
+}

@@ -1,0 +1,589 @@
+//! What the tests are made of: an own lxcfs, an own containerd, bare mount namespaces, the kube-lxcfs binary. Each has its own
+//! folder, and its end leaves no process, mount or cgroup behind, also when the test panics. What is missing is a failure.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt::Debug,
+    fs,
+    io::Read,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
+};
+
+use hyper_util::rt::TokioIo;
+use k8s_cri::v1::{
+    self as cri, image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient,
+};
+use tempfile::TempDir;
+use tonic::transport::{Channel, Endpoint, Uri};
+
+pub(crate) const IMAGE: &str = "localhost/kube-lxcfs/busybox:1";
+/// More than any machine needs; a test that waits so long has failed.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Waits until `what` holds.
+///
+/// # Panics
+/// When it does not within [`PATIENCE`].
+pub(crate) fn eventually<T: Debug>(what: &str, mut look: impl FnMut() -> Result<T, String>) -> T {
+    let begun = Instant::now();
+    loop {
+        match look() {
+            Ok(found) => return found,
+            Err(why) if begun.elapsed() > PATIENCE => panic!("{what}: not within {PATIENCE:?}: {why}"),
+            Err(_) => std::thread::sleep(Duration::from_millis(20)),
+        }
+    }
+}
+
+/// The same for a plain condition.
+pub(crate) fn eventually_true(what: &str, mut look: impl FnMut() -> bool) {
+    eventually(what, || look().then_some(()).ok_or_else(|| "it is not so".into()));
+}
+
+/// A command that must be on this machine.
+pub(crate) fn program(name: &str) -> Command {
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    let found = path.split(':').map(|dir| Path::new(dir).join(name)).find(|p| p.exists());
+    Command::new(
+        found.unwrap_or_else(|| panic!("this test needs {name}, which is not installed; run it by `make test`")),
+    )
+}
+
+/// A child process that is killed and reaped at the end of the test.
+#[derive(Debug)]
+pub(crate) struct Running {
+    pub(crate) child: Child,
+    log: Option<PathBuf>,
+}
+
+impl Running {
+    pub(crate) fn start(command: &mut Command, log: &Path) -> Running {
+        let out = fs::File::create(log).unwrap();
+        command.stdin(Stdio::null()).stdout(out.try_clone().unwrap()).stderr(out).process_group(0);
+        let child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+        Running { child, log: Some(log.to_owned()) }
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).unwrap()
+    }
+
+    pub(crate) fn signal(&self, signal: nix::sys::signal::Signal) {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid()), signal).unwrap();
+    }
+
+    pub(crate) fn log(&self) -> String {
+        self.log.as_ref().and_then(|log| fs::read_to_string(log).ok()).unwrap_or_default()
+    }
+
+    /// Ends it in good order.
+    pub(crate) fn terminate(&mut self) {
+        if self.child.try_wait().is_ok_and(|status| status.is_none()) {
+            self.signal(nix::sys::signal::Signal::SIGTERM);
+            let begun = Instant::now();
+            while self.child.try_wait().is_ok_and(|status| status.is_none())
+                && begun.elapsed() < Duration::from_secs(10)
+            {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        self.kill();
+    }
+
+    pub(crate) fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.kill();
+        if std::thread::panicking() {
+            let log = self.log();
+            let tail: Vec<&str> = log.lines().rev().take(40).collect();
+            eprintln!("--- the log of pid {} ends:", self.pid());
+            tail.iter().rev().for_each(|line| eprintln!("{line}"));
+        }
+    }
+}
+
+/// An own lxcfs.
+#[derive(Debug)]
+pub(crate) struct Lxcfs {
+    pub(crate) path: PathBuf,
+    pub(crate) process: Running,
+    _dir: TempDir,
+}
+
+impl Lxcfs {
+    pub(crate) fn start() -> Lxcfs {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lxcfs");
+        fs::create_dir(&path).unwrap();
+        let process = Lxcfs::serve(&path, dir.path());
+        Lxcfs { path, process, _dir: dir }
+    }
+
+    fn serve(path: &Path, dir: &Path) -> Running {
+        let mut lxcfs = program("lxcfs");
+        lxcfs.args(["-f", "-l", "--enable-cfs", "--enable-pidfd", "-p"]).arg(dir.join("pid")).arg(path);
+        let process = Running::start(&mut lxcfs, &dir.join("log"));
+        eventually("lxcfs serves", || {
+            fs::read_to_string(path.join("proc/uptime")).map_err(|e| format!("{e}: {}", process.log()))
+        });
+        process
+    }
+
+    pub(crate) fn path(&self) -> &str {
+        self.path.to_str().unwrap()
+    }
+}
+
+impl Drop for Lxcfs {
+    fn drop(&mut self) {
+        self.process.kill();
+        unmount(&self.path);
+    }
+}
+
+/// Detaches whatever is mounted at a path, all layers.
+pub(crate) fn unmount(path: &Path) {
+    while nix::mount::umount2(path, nix::mount::MntFlags::MNT_DETACH | nix::mount::MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
+}
+
+/// A process in a mount namespace of its own, with its own `/proc`.
+#[derive(Debug)]
+pub(crate) struct Bare {
+    unshare: Running,
+    pub(crate) pid: i32,
+    _dir: TempDir,
+}
+
+impl Bare {
+    pub(crate) fn start() -> Bare {
+        Bare::with(&["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"])
+    }
+
+    /// With these arguments for unshare(1), among them `--fork`.
+    pub(crate) fn with(args: &[&str]) -> Bare {
+        Bare::running(args, &["sleep", "3600"])
+    }
+
+    pub(crate) fn running(args: &[&str], command: &[&str]) -> Bare {
+        let dir = tempfile::tempdir().unwrap();
+        let unshare = Running::start(program("unshare").args(args).arg("--").args(command), &dir.path().join("log"));
+        let children = format!("/proc/{0}/task/{0}/children", unshare.pid());
+        let pid = eventually("the namespace is there", || {
+            let pid: i32 = fs::read_to_string(&children).unwrap().trim().parse().map_err(|_| unshare.log())?;
+            let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            if comm.trim() == "unshare" { Err("it is not yet made".into()) } else { Ok(pid) }
+        });
+        Bare { unshare, pid, _dir: dir }
+    }
+
+    /// A file as a process inside reads it.
+    pub(crate) fn read(&self, path: &str) -> String {
+        let output =
+            program("nsenter").args(["--target", &self.pid.to_string(), "--mount", "cat", path]).output().unwrap();
+        String::from_utf8_lossy(&if output.status.success() { output.stdout } else { output.stderr }).into_owned()
+    }
+
+    pub(crate) fn mountinfo(&self) -> String {
+        mountinfo(self.pid)
+    }
+
+    /// Whether this is the pid of one of its processes: unshare(1) itself is in the namespace too.
+    pub(crate) fn has(&self, pid: &serde_json::Value) -> bool {
+        [self.pid, self.unshare.pid()].iter().any(|own| pid == *own)
+    }
+}
+
+impl Drop for Bare {
+    fn drop(&mut self) {
+        self.unshare.kill();
+    }
+}
+
+pub(crate) fn mountinfo(pid: i32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap()
+}
+
+/// The view files in a mount table, as mount points.
+pub(crate) fn views(mountinfo: &str) -> Vec<String> {
+    let view = |line: &&str| line.contains(" - fuse.lxcfs ") && line.contains("noexec,noatime");
+    let mut points: Vec<String> =
+        mountinfo.lines().filter(view).map(|line| line.split(' ').nth(4).unwrap().to_owned()).collect();
+    points.sort();
+    points
+}
+
+pub(crate) fn kube_lxcfs() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kube-lxcfs"));
+    // Nothing of this machine's own set-up.
+    command.env_remove("NODE_NAME").env_remove("KUBECONFIG").env_remove("RUST_BACKTRACE");
+    command
+}
+
+/// Runs the binary to its end.
+pub(crate) fn run(args: &[&str]) -> Output {
+    kube_lxcfs().args(args).output().unwrap()
+}
+
+pub(crate) fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+pub(crate) fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Runs the binary, which must succeed, and returns what it printed.
+pub(crate) fn succeeds(args: &[&str]) -> String {
+    let output = run(args);
+    assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+    stdout(&output)
+}
+
+/// Runs the binary, which must fail with one line of error, and returns that.
+pub(crate) fn fails(args: &[&str]) -> String {
+    let output = run(args);
+    error_line(&output)
+}
+
+pub(crate) fn error_line(output: &Output) -> String {
+    let told = stderr(output);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert_eq!(told.lines().count(), 1, "{told}");
+    assert!(told.starts_with("error: "), "{told}");
+    told
+}
+
+/// Runs the agent until the end of the test.
+pub(crate) fn agent(dir: &Path, args: &[&str], env: &[(&str, &str)]) -> Running {
+    let mut command = kube_lxcfs();
+    command.arg("agent").args(args).envs(env.iter().copied());
+    if std::env::var_os("RUST_LOG").is_none() {
+        command.env("RUST_LOG", "kube_lxcfs=debug");
+    }
+    Running::start(&mut command, &dir.join("agent.log"))
+}
+
+/// An own containerd, with the image in it.
+#[derive(Debug)]
+pub(crate) struct Containerd {
+    pub(crate) dir: TempDir,
+    process: Option<Running>,
+    runtime: tokio::runtime::Runtime,
+    channel: Channel,
+    client: RuntimeServiceClient<Channel>,
+    cgroup: String,
+}
+
+/// A pod to run: its annotations and its containers' names.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct PodSpec<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) annotations: &'a [(&'a str, &'a str)],
+    pub(crate) containers: &'a [&'a str],
+}
+
+/// A pod that runs.
+#[derive(Clone, Debug)]
+pub(crate) struct RunningPod {
+    pub(crate) sandbox: String,
+    config: cri::PodSandboxConfig,
+    pub(crate) containers: BTreeMap<String, String>,
+}
+
+/// The memory limit of every test container, in MiB.
+pub(crate) const MEMORY_MIB: u64 = 96;
+
+impl Containerd {
+    pub(crate) fn start() -> Containerd {
+        let dir = tempfile::Builder::new().prefix("kl").tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        let config = format!(
+            r#"version = 2
+root = "{}"
+state = "{}"
+[grpc]
+address = "{}"
+[plugins."io.containerd.grpc.v1.cri"]
+sandbox_image = "{IMAGE}"
+restrict_oom_score_adj = true
+disable_apparmor = true
+[plugins."io.containerd.grpc.v1.cri".cni]
+bin_dir = "{}"
+conf_dir = "{}"
+[plugins."io.containerd.internal.v1.opt"]
+path = "{}"
+"#,
+            at("root"),
+            at("state"),
+            at("sock"),
+            at("cni"),
+            at("cni"),
+            at("opt"),
+        );
+        fs::write(at("config.toml"), config).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let socket = dir.path().join("sock");
+        let channel = runtime.block_on(async {
+            let dial = move |_: Uri| {
+                let socket = socket.clone();
+                async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
+            };
+            Endpoint::from_static("http://localhost").connect_with_connector_lazy(tower::service_fn(dial))
+        });
+        let client = RuntimeServiceClient::new(channel.clone());
+        let cgroup = format!("/{}", dir.path().file_name().unwrap().to_str().unwrap());
+        let mut containerd = Containerd { dir, process: None, runtime, channel, client, cgroup };
+        containerd.up();
+        let image = cache("busybox-image-1.tar");
+        let imported = program("ctr")
+            .args(["-a", &at_dir(&containerd.dir, "sock"), "-n", "k8s.io", "images", "import"])
+            .arg(image)
+            .output()
+            .unwrap();
+        assert!(imported.status.success(), "{}", stderr(&imported));
+        // CRI learns of it a moment later.
+        let image = || Some(cri::ImageSpec { image: IMAGE.into(), ..Default::default() });
+        eventually("CRI has the image", || {
+            let mut images = ImageServiceClient::new(containerd.channel.clone());
+            let request = cri::ImageStatusRequest { image: image(), verbose: false };
+            let status = containerd.runtime.block_on(images.image_status(request)).map_err(|e| e.to_string())?;
+            status.into_inner().image.ok_or_else(|| "not yet".to_owned())
+        });
+        containerd
+    }
+
+    /// Starts the daemon (again).
+    pub(crate) fn up(&mut self) {
+        let mut command = program("containerd");
+        command.arg("--config").arg(self.dir.path().join("config.toml"));
+        let process = Running::start(&mut command, &self.dir.path().join("containerd.log"));
+        let client = self.client.clone();
+        eventually("containerd answers", || {
+            let answer = self.runtime.block_on(client.clone().version(cri::VersionRequest::default()));
+            answer.map_err(|e| format!("{e}: {}", process.log()))
+        });
+        self.process = Some(process);
+    }
+
+    /// Ends the daemon; containers go on.
+    pub(crate) fn down(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.terminate();
+        }
+    }
+
+    pub(crate) fn endpoint(&self) -> String {
+        format!("unix://{}", at_dir(&self.dir, "sock"))
+    }
+
+    fn call<T>(
+        &self,
+        call: impl AsyncFnOnce(RuntimeServiceClient<Channel>) -> Result<tonic::Response<T>, tonic::Status>,
+    ) -> T {
+        self.runtime.block_on(call(self.client.clone())).unwrap().into_inner()
+    }
+
+    /// Runs a pod on the host's network: no CNI is needed.
+    pub(crate) fn run(&self, spec: &PodSpec<'_>) -> RunningPod {
+        let mut annotations: HashMap<String, String> = HashMap::new();
+        annotations.extend(spec.annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
+        let namespaces = namespaces();
+        let config = cri::PodSandboxConfig {
+            metadata: Some(cri::PodSandboxMetadata {
+                name: spec.name.into(),
+                uid: format!("uid-{}", spec.name),
+                namespace: "default".into(),
+                attempt: 0,
+            }),
+            annotations,
+            linux: Some(cri::LinuxPodSandboxConfig {
+                cgroup_parent: self.cgroup.clone(),
+                security_context: Some(cri::LinuxSandboxSecurityContext {
+                    namespace_options: Some(namespaces),
+                    ..Default::default()
+                }),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        let request = cri::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: String::new() };
+        let sandbox = self.call(async |mut c| c.run_pod_sandbox(request).await).pod_sandbox_id;
+        let mut pod = RunningPod { sandbox, config, containers: BTreeMap::new() };
+        for name in spec.containers {
+            self.start_container(&mut pod, name, 0);
+        }
+        pod
+    }
+
+    /// Creates and starts a container; its id replaces that of an earlier attempt.
+    pub(crate) fn start_container(&self, pod: &mut RunningPod, name: &str, attempt: u32) {
+        let namespaces = namespaces();
+        let config = cri::ContainerConfig {
+            metadata: Some(cri::ContainerMetadata { name: name.into(), attempt }),
+            image: Some(cri::ImageSpec { image: IMAGE.into(), ..Default::default() }),
+            command: vec!["sleep".into(), "3600".into()],
+            linux: Some(cri::LinuxContainerConfig {
+                resources: Some(cri::LinuxContainerResources {
+                    memory_limit_in_bytes: i64::try_from(MEMORY_MIB << 20).unwrap(),
+                    cpu_period: 100_000,
+                    cpu_quota: 50_000,
+                    ..Default::default()
+                }),
+                security_context: Some(cri::LinuxContainerSecurityContext {
+                    namespace_options: Some(namespaces),
+                    ..Default::default()
+                }),
+            }),
+            ..Default::default()
+        };
+        let create = cri::CreateContainerRequest {
+            pod_sandbox_id: pod.sandbox.clone(),
+            config: Some(config),
+            sandbox_config: Some(pod.config.clone()),
+        };
+        let id = self.call(async |mut c| c.create_container(create).await).container_id;
+        let start = cri::StartContainerRequest { container_id: id.clone() };
+        self.call(async |mut c| c.start_container(start).await);
+        pod.containers.insert(name.to_owned(), id);
+    }
+
+    pub(crate) fn stop_container(&self, id: &str) {
+        let stop = cri::StopContainerRequest { container_id: id.into(), timeout: 0 };
+        self.call(async |mut c| c.stop_container(stop).await);
+        let remove = cri::RemoveContainerRequest { container_id: id.into() };
+        self.call(async |mut c| c.remove_container(remove).await);
+    }
+
+    /// Runs a command in a container.
+    pub(crate) fn exec(&self, id: &str, cmd: &[&str]) -> String {
+        let request = cri::ExecSyncRequest {
+            container_id: id.into(),
+            cmd: cmd.iter().map(|s| (*s).to_owned()).collect(),
+            timeout: 10,
+        };
+        let done = self.call(async |mut c| c.exec_sync(request).await);
+        String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned()
+    }
+
+    /// The pid of a container's first process.
+    pub(crate) fn pid(&self, id: &str) -> i32 {
+        let request = cri::ContainerStatusRequest { container_id: id.into(), verbose: true };
+        let info = self.call(async |mut c| c.container_status(request).await).info;
+        let info: serde_json::Value = serde_json::from_str(&info["info"]).unwrap();
+        i32::try_from(info["pid"].as_i64().unwrap()).unwrap()
+    }
+
+    pub(crate) fn mem_total_kib(&self, id: &str) -> u64 {
+        let meminfo = self.exec(id, &["cat", "/proc/meminfo"]);
+        let line = meminfo.lines().find(|l| l.starts_with("MemTotal:")).unwrap_or_else(|| panic!("{meminfo}"));
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    /// Whether the container sees its own memory limit.
+    pub(crate) fn sees_its_own_memory(&self, id: &str) -> bool {
+        let seen = self.mem_total_kib(id);
+        eprintln!("MemTotal is {seen} kB in {id}");
+        seen == MEMORY_MIB << 10
+    }
+}
+
+/// The host's network, and a pid namespace for each container, as the kubelet asks by default.
+fn namespaces() -> cri::NamespaceOption {
+    cri::NamespaceOption {
+        network: cri::NamespaceMode::Node as i32,
+        pid: cri::NamespaceMode::Container as i32,
+        ..Default::default()
+    }
+}
+
+fn at_dir(dir: &TempDir, name: &str) -> String {
+    dir.path().join(name).to_str().unwrap().to_owned()
+}
+
+/// A file that the scripts in hack/ have put into the cache.
+pub(crate) fn cache(name: &str) -> PathBuf {
+    let home = || PathBuf::from(std::env::var("HOME").unwrap_or_else(|_| "/root".into()));
+    let base = std::env::var("XDG_CACHE_HOME").map_or_else(|_| home().join(".cache"), PathBuf::from);
+    let cache = std::env::var("KUBE_LXCFS_CACHE").map_or_else(|_| base.join("kube-lxcfs"), PathBuf::from);
+    let path = cache.join(name);
+    assert!(path.exists(), "this test needs {}, which `make test` makes", path.display());
+    path
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        // Without the daemon nothing can be asked to end in order: what is left is killed by its folder below.
+        let mut client = self.client.clone();
+        let end_in_order = async move {
+            let Ok(list) = client.list_pod_sandbox(cri::ListPodSandboxRequest::default()).await else { return };
+            for sandbox in list.into_inner().items {
+                let id = sandbox.id;
+                let _ = client.stop_pod_sandbox(cri::StopPodSandboxRequest { pod_sandbox_id: id.clone() }).await;
+                let _ = client.remove_pod_sandbox(cri::RemovePodSandboxRequest { pod_sandbox_id: id }).await;
+            }
+        };
+        let _ = self.runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), end_in_order).await });
+        self.down();
+        let dir = self.dir.path().to_str().unwrap().to_owned();
+        kill_cgroup(&self.cgroup);
+        for process in procfs::process::all_processes().into_iter().flatten().flatten() {
+            if process.cmdline().is_ok_and(|args| args.iter().any(|arg| arg.starts_with(&dir))) {
+                let _ =
+                    nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.pid), nix::sys::signal::Signal::SIGKILL);
+            }
+        }
+        let points = || -> Vec<String> {
+            let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+            table
+                .lines()
+                .filter_map(|l| l.split(' ').nth(4))
+                .filter(|p| p.starts_with(&dir))
+                .map(str::to_owned)
+                .collect()
+        };
+        for _ in 0..3 {
+            points().iter().rev().for_each(|point| unmount(Path::new(point)));
+        }
+    }
+}
+
+/// Kills what is in a cgroup and below it, and removes it, in every hierarchy.
+fn kill_cgroup(cgroup: &str) {
+    fn remove(dir: &Path) {
+        let Ok(entries) = fs::read_dir(dir) else { return };
+        entries.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).for_each(|e| remove(&e.path()));
+        for pid in fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default().lines() {
+            let pid = nix::unistd::Pid::from_raw(pid.parse().unwrap_or(0));
+            if pid.as_raw() > 0 {
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
+        }
+        for _ in 0..50 {
+            if fs::remove_dir(dir).is_ok() || !dir.exists() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+    let name = cgroup.trim_start_matches('/');
+    remove(&Path::new("/sys/fs/cgroup").join(name));
+    for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+        remove(&hierarchy.path().join(name));
+    }
+}
+
+/// Reads a file to its end or to an error, as text.
+pub(crate) fn read(path: &Path) -> Result<String, std::io::Error> {
+    let mut text = String::new();
+    fs::File::open(path)?.read_to_string(&mut text)?;
+    Ok(text)
+}

@@ -1,0 +1,297 @@
+//! Pods and namespaces of a real API server lead to views in real containers; the test is the kubelet.
+
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{Namespace, Pod};
+use kube::{
+    Api, Client,
+    api::{DeleteParams, Patch, PatchParams, PostParams},
+};
+use serde_json::{Value, json};
+
+use crate::{
+    cluster::Cluster,
+    containers::ALWAYS,
+    harness::{
+        Bare, Containerd, IMAGE, Lxcfs, PodSpec, RunningPod, agent, eventually, eventually_true, mountinfo, views,
+    },
+};
+
+/// Everything, and a pod's life in both the API and the runtime.
+struct Node {
+    cluster: Cluster,
+    containerd: Containerd,
+    lxcfs: Lxcfs,
+    runtime: tokio::runtime::Runtime,
+    client: Client,
+}
+
+impl Node {
+    fn start() -> Node {
+        let cluster = Cluster::start();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let client = runtime.block_on(cluster.client());
+        Node { containerd: Containerd::start(), lxcfs: Lxcfs::start(), cluster, runtime, client }
+    }
+
+    fn agent(&self, more: &[&str]) -> crate::harness::Running {
+        self.agent_with(self.lxcfs.path(), more)
+    }
+
+    fn agent_with(&self, lxcfs_path: &str, more: &[&str]) -> crate::harness::Running {
+        let endpoint = self.containerd.endpoint();
+        let args = ["--node-name", "n1", "--lxcfs-path", lxcfs_path, "--cri-endpoint", &endpoint];
+        let kubeconfig = self.cluster.kubeconfig("agent");
+        agent(self.containerd.dir.path(), &[&args, more].concat(), &[("KUBECONFIG", kubeconfig.to_str().unwrap())])
+    }
+
+    fn pods(&self, namespace: &str) -> Api<Pod> {
+        Api::namespaced(self.client.clone(), namespace)
+    }
+
+    fn namespace(&self, name: &str, labels: Value) {
+        let namespace: Namespace =
+            serde_json::from_value(json!({"metadata": {"name": name, "labels": labels}})).unwrap();
+        let api: Api<Namespace> = Api::all(self.client.clone());
+        self.runtime.block_on(api.create(&PostParams::default(), &namespace)).unwrap();
+    }
+
+    fn relabel(&self, namespace: &str, label: Value) {
+        let api: Api<Namespace> = Api::all(self.client.clone());
+        let patch = Patch::Merge(json!({"metadata": {"labels": {"kube-lxcfs.io/inject": label}}}));
+        self.runtime.block_on(api.patch(namespace, &PatchParams::default(), &patch)).unwrap();
+    }
+
+    /// A pod in the API, its containers in the runtime, and its status as a kubelet writes it.
+    fn pod(&self, namespace: &str, name: &str, annotations: Value, containers: &[&str]) -> RunningPod {
+        let spec: Vec<Value> = containers.iter().map(|c| json!({"name": c, "image": IMAGE})).collect();
+        let pod: Pod = serde_json::from_value(json!({
+            "metadata": {"name": name, "annotations": annotations},
+            "spec": {"nodeName": "n1", "containers": spec}}))
+        .unwrap();
+        self.runtime.block_on(self.pods(namespace).create(&PostParams::default(), &pod)).unwrap();
+        let running =
+            self.containerd.run(&PodSpec { name: &format!("{namespace}-{name}"), annotations: &[], containers });
+        self.status(namespace, name, &running);
+        running
+    }
+
+    fn status(&self, namespace: &str, name: &str, pod: &RunningPod) {
+        let statuses: Vec<Value> = pod
+            .containers
+            .iter()
+            .map(|(name, id)| {
+                json!({"name": name, "containerID": format!("containerd://{id}"), "image": IMAGE, "imageID": "", "ready": true,
+                "restartCount": 0, "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}})
+            })
+            .collect();
+        let patch = Patch::Merge(json!({"status": {"phase": "Running", "containerStatuses": statuses}}));
+        self.runtime.block_on(self.pods(namespace).patch_status(name, &PatchParams::default(), &patch)).unwrap();
+    }
+
+    fn annotate(&self, namespace: &str, name: &str, annotations: Value) {
+        let patch = Patch::Merge(json!({"metadata": {"annotations": annotations}}));
+        self.runtime.block_on(self.pods(namespace).patch(name, &PatchParams::default(), &patch)).unwrap();
+    }
+
+    fn table(&self, id: &str) -> String {
+        mountinfo(self.containerd.pid(id))
+    }
+
+    fn has(&self, id: &str, files: usize) {
+        eventually(&format!("{id} has {files} view files"), || match views(&self.table(id)).len() {
+            n if n == files => Ok(()),
+            n => Err(format!("{n}")),
+        });
+    }
+
+    /// Reasons and notes of the events on a pod, in the order they were told.
+    fn events(&self, namespace: &str, pod: &str) -> Vec<(String, String)> {
+        let text = self.cluster.kubectl(&[
+            "get",
+            "events",
+            "-n",
+            namespace,
+            "--field-selector",
+            &format!("involvedObject.name={pod}"),
+            "-o",
+            "json",
+        ]);
+        let list: Value = serde_json::from_str(&text).unwrap();
+        let mut events: Vec<_> = list["items"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|e| {
+                (
+                    e["eventTime"].to_string(),
+                    e["reason"].as_str().unwrap().to_owned(),
+                    e["message"].as_str().unwrap().to_owned(),
+                )
+            })
+            .collect();
+        events.sort();
+        events.into_iter().map(|(_, reason, message)| (reason, message)).collect()
+    }
+
+    fn reasons(&self, namespace: &str, pod: &str, expected: &[&str]) {
+        eventually(&format!("the events on {pod}"), || {
+            let reasons: Vec<String> = self.events(namespace, pod).into_iter().map(|(reason, _)| reason).collect();
+            if reasons == expected { Ok(()) } else { Err(format!("{reasons:?}")) }
+        });
+    }
+}
+
+const ALL: usize = ALWAYS.len();
+
+#[test]
+fn annotations_added_changed_and_removed_are_followed_while_the_containers_run() {
+    let node = Node::start();
+    node.namespace("shop", json!({}));
+    let pod = node.pod("shop", "web", json!({}), &["app", "proxy"]);
+    let alone = node.pod("shop", "alone", json!({}), &["app"]);
+    let before = node.table(&alone.containers["app"]);
+    let (app, proxy) = (&pod.containers["app"], &pod.containers["proxy"]);
+    let agent = node.agent(&[]);
+    let started = node.containerd.pid(app);
+
+    node.annotate("shop", "web", json!({"kube-lxcfs.io/inject": "true"}));
+    node.has(app, ALL);
+    node.has(proxy, ALL);
+    assert!(node.containerd.sees_its_own_memory(app));
+    node.reasons("shop", "web", &["LxcfsInjected"]);
+    let (_, note) = &node.events("shop", "web")[0];
+    assert!(note.contains("app: cpuinfo,") && note.contains("proxy: cpuinfo,"), "{note}");
+
+    node.annotate("shop", "web", json!({"kube-lxcfs.io/files": "meminfo,uptime"}));
+    node.has(app, 2);
+    node.reasons("shop", "web", &["LxcfsInjected", "LxcfsRemoved"]);
+    node.annotate("shop", "web", json!({"kube-lxcfs.io/containers": "proxy"}));
+    node.has(app, 0);
+    node.has(proxy, 2);
+    node.reasons("shop", "web", &["LxcfsInjected", "LxcfsRemoved", "LxcfsRemoved"]);
+
+    // What is not understood changes nothing, and is told.
+    node.annotate("shop", "web", json!({"kube-lxcfs.io/containers": "nobody"}));
+    node.reasons("shop", "web", &["LxcfsInjected", "LxcfsRemoved", "LxcfsRemoved", "LxcfsInvalidAnnotation"]);
+    let (_, note) = node.events("shop", "web").pop().unwrap();
+    assert!(note.contains("kube-lxcfs.io/containers: 'nobody'") && note.contains("allowed are app, proxy"), "{note}");
+    node.has(proxy, 2);
+
+    node.annotate("shop", "web", json!({"kube-lxcfs.io/inject": "false"}));
+    node.has(proxy, 0);
+    assert!(!node.containerd.sees_its_own_memory(proxy));
+    node.annotate(
+        "shop",
+        "web",
+        json!({"kube-lxcfs.io/inject": null, "kube-lxcfs.io/containers": null, "kube-lxcfs.io/files": null}),
+    );
+    node.annotate("shop", "web", json!({"kube-lxcfs.io/inject": "true"}));
+    node.has(app, ALL);
+
+    // A container that starts again gets its view again; one that is added later, an ephemeral one say, too.
+    node.containerd.stop_container(proxy);
+    let mut pod = pod.clone();
+    node.containerd.start_container(&mut pod, "proxy", 1);
+    node.status("shop", "web", &pod);
+    node.has(&pod.containers["proxy"], ALL);
+
+    assert_eq!(node.table(&alone.containers["app"]), before, "the pod that did not opt in is as it was");
+    assert!(node.events("shop", "alone").is_empty());
+    assert_eq!(node.containerd.pid(&pod.containers["app"]), started, "nothing was restarted");
+
+    // Deleted from the API while it runs still: nothing more is done to it, and nothing breaks.
+    node.runtime
+        .block_on(
+            node.pods("shop").delete("web", &DeleteParams { grace_period_seconds: Some(0), ..Default::default() }),
+        )
+        .unwrap();
+    node.annotate("shop", "alone", json!({"kube-lxcfs.io/inject": "true"}));
+    node.has(&alone.containers["app"], ALL);
+    assert!(!agent.log().contains("panicked"));
+    assert!(!agent.log().contains("orbidden"), "{}", agent.log());
+}
+
+#[test]
+fn a_namespaces_label_is_the_default_of_its_pods() {
+    let node = Node::start();
+    node.namespace("in", json!({"kube-lxcfs.io/inject": "true"}));
+    node.namespace("later", json!({}));
+    let inside = node.pod("in", "a", json!({}), &["app"]);
+    let out = node.pod("in", "b", json!({"kube-lxcfs.io/inject": "false"}), &["app"]);
+    let later = node.pod("later", "c", json!({}), &["app"]);
+    let _agent = node.agent(&[]);
+    node.has(&inside.containers["app"], ALL);
+    node.relabel("later", json!("true"));
+    node.has(&later.containers["app"], ALL);
+    node.relabel("in", Value::Null);
+    node.has(&inside.containers["app"], 0);
+    node.relabel("later", json!("false"));
+    node.has(&later.containers["app"], 0);
+    node.relabel("in", json!("maybe"));
+    node.reasons("in", "a", &["LxcfsInjected", "LxcfsRemoved", "LxcfsInvalidAnnotation"]);
+    node.has(&out.containers["app"], 0);
+    assert!(node.events("in", "b").is_empty());
+}
+
+#[test]
+fn with_inject_by_default_pods_are_in_unless_they_say_otherwise() {
+    let node = Node::start();
+    node.namespace("x", json!({}));
+    let silent = node.pod("x", "silent", json!({}), &["app"]);
+    let out = node.pod("x", "out", json!({"kube-lxcfs.io/inject": "false"}), &["app"]);
+    let _agent = node.agent(&["--inject-by-default"]);
+    node.has(&silent.containers["app"], ALL);
+    node.has(&out.containers["app"], 0);
+}
+
+#[test]
+fn an_api_server_that_goes_and_comes_loses_nothing() {
+    let mut node = Node::start();
+    node.namespace("shop", json!({}));
+    let a = node.pod("shop", "a", json!({"kube-lxcfs.io/inject": "true"}), &["app"]);
+    let b = node.pod("shop", "b", json!({}), &["app"]);
+    let first = node.agent(&[]);
+    node.has(&a.containers["app"], ALL);
+    let table = node.table(&a.containers["app"]);
+    node.cluster.down();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(node.table(&a.containers["app"]), table);
+    node.cluster.up();
+    node.annotate("shop", "b", json!({"kube-lxcfs.io/inject": "true"}));
+    node.annotate("shop", "a", json!({"kube-lxcfs.io/inject": null}));
+    node.has(&b.containers["app"], ALL);
+    node.has(&a.containers["app"], 0);
+    let warnings = first.log().lines().filter(|l| l.contains("WARN")).count();
+    assert_eq!(warnings, 2, "each watch tells it once: {}", first.log());
+
+    // What changes while no agent runs is made so by the next one, and what is right is not touched.
+    let mut first = first;
+    first.terminate();
+    node.annotate("shop", "a", json!({"kube-lxcfs.io/inject": "true"}));
+    node.annotate("shop", "b", json!({"kube-lxcfs.io/inject": "false"}));
+    let _second = node.agent(&[]);
+    node.has(&a.containers["app"], ALL);
+    node.has(&b.containers["app"], 0);
+    node.reasons("shop", "b", &["LxcfsInjected", "LxcfsRemoved"]);
+}
+
+#[test]
+fn views_wait_for_an_lxcfs_that_is_not_there_yet() {
+    let node = Node::start();
+    node.namespace("shop", json!({}));
+    let pod = node.pod("shop", "a", json!({"kube-lxcfs.io/inject": "true"}), &["app"]);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("lxcfs");
+    std::fs::create_dir(&path).unwrap();
+    let agent = node.agent_with(path.to_str().unwrap(), &[]);
+    eventually_true("it says so", || agent.log().contains("views wait for lxcfs"));
+    node.reasons("shop", "a", &["LxcfsInjectFailed"]);
+    // The mount comes from elsewhere, as from another pod: a bind of the one that serves.
+    nix::mount::mount(Some(&node.lxcfs.path), &path, None::<&str>, nix::mount::MsFlags::MS_BIND, None::<&str>).unwrap();
+    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| node.has(&pod.containers["app"], ALL)));
+    crate::harness::unmount(&path);
+    done.unwrap();
+    node.reasons("shop", "a", &["LxcfsInjectFailed", "LxcfsInjected"]);
+    drop(Bare::start());
+}
