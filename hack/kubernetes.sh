@@ -31,10 +31,8 @@ sources() {
     for f in /etc/apt/sources.list /etc/apt/sources.list.d/*.list; do
         [ -f "$f" ] && sed -n 's/^deb\(-src\)\? /deb-src /p' "$f"
     done >"$1/own.list"
-    for f in /etc/apt/sources.list.d/debian.sources; do
-        [ -f "$f" ] && sed 's/^Types:.*/Types: deb-src/' "$f" >"$1/own.sources"
-    done
-    return 0
+    f=/etc/apt/sources.list.d/debian.sources
+    if [ -f "$f" ]; then sed 's/^Types:.*/Types: deb-src/' "$f" >"$1/own.sources"; fi
 }
 
 build() {

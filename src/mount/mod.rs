@@ -12,20 +12,23 @@ pub mod table;
 mod workers;
 
 use std::{
+    cell::OnceCell,
     collections::BTreeMap,
     fmt, io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
 };
 
 use rustix::{
     fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags},
     mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags},
+    path::DecInt,
     thread::{LinkNameSpaceType, ThreadNameSpaceType},
 };
 
 pub use self::{
     process::{Process, ProcessError},
+    sys::make_view,
     workers::{Error as WorkError, Late, Workers},
 };
 use crate::{
@@ -113,8 +116,8 @@ pub async fn observe(workers: &Workers, process: Arc<Process>) -> Result<There, 
 
 /// Whether the lxcfs behind a view file answers: the file is opened and read. One that hangs does not answer.
 pub async fn answers(workers: &Workers, process: Arc<Process>, file: ViewFile) -> bool {
-    let read = move |_: &Inside<'_>| {
-        let base = Inside::base(file.base()).ok();
+    let read = move |inside: &Inside<'_>| {
+        let base = inside.base(file.base()).ok();
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let open = |base| rustix::fs::openat2(base, file.below_base(), flags, Mode::empty(), resolve).ok();
@@ -178,6 +181,8 @@ pub struct Seat {
     /// The initial mount namespace as far as it can be told: pid 1's where readable, and the kernel threads'.
     host_ids: Vec<NamespaceId>,
     proc: OwnedFd,
+    /// The thread's own descriptors, by which a mount is named when it is detached.
+    fds: OwnedFd,
     beneath: bool,
 }
 
@@ -189,6 +194,8 @@ impl Seat {
     pub fn take() -> io::Result<Seat> {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
         let proc = rustix::fs::open("/proc", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fds = rustix::fs::openat(&proc, "thread-self/fd", directory, Mode::empty())?;
         let home = rustix::fs::openat(&proc, "thread-self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
         let home_id = id_of(&rustix::fs::fstat(&home)?);
         // Kernel threads have the initial mount namespace; where pid 2 is another process, pid namespaces are nested, and it
@@ -200,7 +207,7 @@ impl Seat {
             .filter_map(|pid| rustix::fs::statat(&proc, format!("{pid}/ns/mnt"), AtFlags::empty()).ok())
             .map(|stat| id_of(&stat))
             .collect();
-        Ok(Seat { home, home_id, host_ids, proc, beneath: has_move_mount_beneath() })
+        Ok(Seat { home, home_id, host_ids, proc, fds, beneath: has_move_mount_beneath() })
     }
 
     /// Runs `work` in the process's mount namespace and comes home.
@@ -220,7 +227,9 @@ impl Seat {
         if here == self.home_id {
             return Err(Error::Own(pid));
         }
-        let done = work(&Inside { seat: self, pid });
+        // Whatever is named by a relative path from here on is one of this thread's descriptors.
+        rustix::process::fchdir(&self.fds).map_err(|e| Error::Enter { pid, cause: e.into() })?;
+        let done = work(&Inside { seat: self, pid, bases: Default::default() });
         drop(home);
         done
     }
@@ -280,6 +289,8 @@ impl From<rustix::io::Errno> for Refusal {
 struct Inside<'a> {
     seat: &'a Seat,
     pid: i32,
+    /// `/proc` and `/sys`, opened and checked when first needed.
+    bases: [OnceCell<OwnedFd>; 2],
 }
 
 impl Inside<'_> {
@@ -310,8 +321,8 @@ impl Inside<'_> {
     }
 
     fn inject(&self, file: ViewFile, clone: &OwnedFd) -> Result<(), Refusal> {
-        let base = Self::base(file.base())?;
-        let target = open(&base, file.below_base(), ResolveFlags::NO_XDEV).map_err(|e| match e {
+        let base = self.base(file.base())?;
+        let target = open(base, file.below_base(), ResolveFlags::NO_XDEV).map_err(|e| match e {
             rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR => Refusal::LeftOut(LeftOut::NotInContainer),
             // Another mount is on the path, or on a directory above it, that the table did not show at the path itself.
             rustix::io::Errno::XDEV => Refusal::LeftOut(LeftOut::Occupied),
@@ -337,8 +348,8 @@ impl Inside<'_> {
 
     /// The mount on a view file's path, if it is the one with this id. Sends its file system no request.
     fn mounted(&self, file: ViewFile, id: u64) -> Result<Option<OwnedFd>, Refusal> {
-        let base = Self::base(file.base())?;
-        let top = open(&base, file.below_base(), ResolveFlags::empty())?;
+        let base = self.base(file.base())?;
+        let top = open(base, file.below_base(), ResolveFlags::empty())?;
         let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
         let found = rustix::fs::statx(&top, "", flags, StatxFlags::MNT_ID)?;
         Ok((found.stx_mnt_id == id).then_some(top))
@@ -346,24 +357,26 @@ impl Inside<'_> {
 
     /// Detaches the mount whose root is open as `view`. By descriptor, because a path could have come to mean another one.
     fn detach(&self, view: &OwnedFd) -> Result<(), rustix::io::Errno> {
-        rustix::process::fchdir(&self.seat.proc)?;
-        rustix::mount::unmount(format!("thread-self/fd/{}", view.as_raw_fd()), UnmountFlags::DETACH)
+        rustix::mount::unmount(DecInt::from_fd(view), UnmountFlags::DETACH)
     }
 
     /// The container's `/proc` or `/sys`, checked to be procfs or sysfs.
-    fn base(base: Base) -> Result<OwnedFd, Refusal> {
+    fn base(&self, base: Base) -> Result<&OwnedFd, Refusal> {
+        let cell = &self.bases[base as usize];
+        if let Some(dir) = cell.get() {
+            return Ok(dir);
+        }
         let root = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
         let dir = open(&root, base.path(), ResolveFlags::empty())?;
         let expected = match base {
             Base::Proc => nix::sys::statfs::PROC_SUPER_MAGIC,
             Base::Sys => nix::sys::statfs::SYSFS_MAGIC,
         };
-        if rustix::fs::fstatfs(&dir)?.f_type == expected.0 {
-            Ok(dir)
-        } else {
+        if rustix::fs::fstatfs(&dir)?.f_type != expected.0 {
             let why = format!("/{} is no {}", base.path(), base.fstype());
-            Err(Refusal::Failed(io::Error::other(why)))
+            return Err(Refusal::Failed(io::Error::other(why)));
         }
+        Ok(cell.get_or_init(|| dir))
     }
 }
 

@@ -28,7 +28,7 @@ const MOUNT_ATTR_ATIME: u64 = 0x70;
 ///
 /// # Errors
 /// Those of the call.
-pub(super) fn make_view(mount: impl AsFd) -> io::Result<()> {
+pub fn make_view(mount: impl AsFd) -> io::Result<()> {
     let attr = MountAttr {
         attr_set: MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_NOATIME,
         attr_clr: MOUNT_ATTR_ATIME,

@@ -6,12 +6,12 @@ use std::{
     collections::VecDeque,
     io,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
         mpsc,
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::oneshot;
@@ -102,20 +102,26 @@ impl Workers {
         if lost >= MOST_LOST {
             return Err(Late { error: Error::TooManyLost(lost), result: None });
         }
-        let (begun, begins) = oneshot::channel();
+        let begun = Arc::new(OnceLock::new());
         let (done, mut result) = oneshot::channel();
+        let begins = begun.clone();
         self.pool.push(Box::new(move |seat, written_off| {
-            let _ = begun.send(written_off.clone());
+            let _ = begins.set((Instant::now(), written_off.clone()));
             let _ = done.send(job(seat));
         }));
-        let panicked = || Late { error: Error::Panicked, result: None };
-        // Time in the queue does not count: a full pool is busy, not hung.
-        let written_off = begins.await.map_err(|_| panicked())?;
-        match tokio::time::timeout(self.pool.deadline, &mut result).await {
-            Ok(result) => result.map_err(|_| panicked()),
-            Err(_) => {
-                self.pool.write_off(&written_off);
-                Err(Late { error: Error::Deadline(self.pool.deadline), result: Some(result) })
+        let deadline = self.pool.deadline;
+        loop {
+            // Time in the queue does not count: a full pool is busy, not hung. The thread sends no word when it begins,
+            // because waking two threads for each job costs as much as a mount.
+            let left = begun.get().map_or(deadline, |(at, _): &(Instant, _)| deadline.saturating_sub(at.elapsed()));
+            if let Ok(result) = tokio::time::timeout(left, &mut result).await {
+                return result.map_err(|_| Late { error: Error::Panicked, result: None });
+            }
+            if let Some((at, written_off)) = begun.get()
+                && at.elapsed() >= deadline
+            {
+                self.pool.write_off(written_off);
+                return Err(Late { error: Error::Deadline(deadline), result: Some(result) });
             }
         }
     }

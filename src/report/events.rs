@@ -9,6 +9,8 @@ use kube::{
 };
 use tokio::sync::mpsc;
 
+use super::Once;
+
 /// The pod an event is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodRef {
@@ -67,10 +69,11 @@ impl Events {
     pub fn to_pods(client: Client, node: String) -> Events {
         let (sender, mut waiting) = mpsc::channel::<PodEvent>(MOST_WAITING);
         tokio::spawn(async move {
+            let mut trouble = Once::default();
             while let Some(event) = waiting.recv().await {
                 // A recorder folds events alike into a series that keeps the first one's note; each of ours is a change.
                 let reporter = Reporter { controller: "kube-lxcfs".into(), instance: Some(node.clone()) };
-                publish(&Recorder::new(client.clone(), reporter), event).await;
+                publish(&Recorder::new(client.clone(), reporter), event, &mut trouble).await;
             }
         });
         Events(Some(sender))
@@ -93,7 +96,17 @@ impl Events {
     }
 }
 
-async fn publish(recorder: &Recorder, PodEvent { pod, reason, mut note }: PodEvent) {
+/// Whether another try changes nothing: the event is malformed, or its namespace is gone or going. An API server that
+/// has just begun forbids everything for a moment, until it has read its roles.
+fn is_final(status: &kube::core::Status) -> bool {
+    match status.code {
+        403 => status.message.contains("being terminated"),
+        400 | 404 | 405 | 409 | 422 => true,
+        _ => false,
+    }
+}
+
+async fn publish(recorder: &Recorder, PodEvent { pod, reason, mut note }: PodEvent, trouble: &mut Once) {
     if note.len() > LONGEST_NOTE {
         note.truncate(note.floor_char_boundary(LONGEST_NOTE - '…'.len_utf8()));
         note.push('…');
@@ -118,9 +131,8 @@ async fn publish(recorder: &Recorder, PodEvent { pod, reason, mut note }: PodEve
     let mut wait = RETRY.0;
     loop {
         let why = match tokio::time::timeout(TIMEOUT, recorder.publish(&event, &regarding)).await {
-            Ok(Ok(())) => return,
-            // It was understood and refused, as where the namespace is being deleted: another try changes nothing.
-            Ok(Err(kube::Error::Api(status))) if (400..500).contains(&status.code) && status.code != 429 => {
+            Ok(Ok(())) => return trouble.over("the API server takes events again"),
+            Ok(Err(kube::Error::Api(status))) if is_final(&status) => {
                 tracing::warn!("event {reason:?} on pod {namespace}/{name} was refused: {}", status.message);
                 return;
             }
@@ -131,7 +143,7 @@ async fn publish(recorder: &Recorder, PodEvent { pod, reason, mut note }: PodEve
             tracing::warn!("event {reason:?} on pod {namespace}/{name} was given up: {why}");
             return;
         }
-        tracing::debug!("event {reason:?} on pod {namespace}/{name} waits for the API server: {why}");
+        trouble.warn("events wait for the API server", &why);
         tokio::time::sleep(wait).await;
         wait = (wait * 2).min(RETRY.1);
     }

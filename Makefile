@@ -1,0 +1,26 @@
+# The front door. Each target does its own set-up through hack/, on Debian and Ubuntu.
+.PHONY: demo test lint build bench help
+
+help:
+	@echo "make demo   see a running container's /proc change, and back"
+	@echo "make test   all tests, against a real lxcfs, containerd, kube-apiserver and this kernel (root)"
+	@echo "make lint   rustfmt, clippy, cargo deny, shellcheck"
+	@echo "make build  target/release/kube-lxcfs"
+	@echo "make bench  what the mount driver costs beside the bare system calls (root)"
+
+build:
+	hack/deps.sh build
+	cargo build --locked --release
+
+demo:
+	hack/demo.sh
+
+test:
+	hack/test.sh
+
+lint:
+	hack/lint.sh
+
+bench:
+	hack/deps.sh build demo
+	cargo bench --locked
