@@ -265,10 +265,11 @@ pub(crate) fn error_line(output: &Output) -> String {
 /// Runs the agent until the end of the test.
 pub(crate) fn agent(dir: &Path, args: &[&str], env: &[(&str, &str)]) -> Running {
     let mut command = kube_lxcfs();
-    command.arg("agent").args(args).envs(env.iter().copied());
+    command.arg("agent").args(args);
     if std::env::var_os("RUST_LOG").is_none() {
         command.env("RUST_LOG", "kube_lxcfs=debug");
     }
+    command.envs(env.iter().copied());
     Running::start(&mut command, &dir.join("agent.log"))
 }
 
