@@ -3,7 +3,12 @@
 //!     cargo bench --bench agent
 //!
 //! The pods are objects of a real API server; their containers are bare namespaces in cgroups named as a runtime names them.
-#![allow(clippy::unwrap_used, missing_docs, reason = "a benchmark fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::wildcard_imports,
+    clippy::needless_pass_by_value,
+    reason = "a benchmark fails by panicking"
+)]
 
 #[path = "../tests/it/cluster.rs"]
 #[allow(dead_code, unused, reason = "the tests use the rest")]

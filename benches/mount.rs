@@ -4,7 +4,12 @@
 //!
 //! Namespaces are bare ones (`unshare`), lxcfs is the real one; both sides do the same mounts on them in turn, many times,
 //! and medians are compared: this is for ratios, not for seconds.
-#![allow(clippy::unwrap_used, missing_docs, reason = "a benchmark fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::wildcard_imports,
+    clippy::needless_pass_by_value,
+    reason = "a benchmark fails by panicking"
+)]
 
 #[path = "../tests/it/harness.rs"]
 #[allow(dead_code, unused, reason = "the tests use the rest")]
@@ -20,7 +25,7 @@ use std::{
 use futures::{StreamExt, stream};
 use kube_lxcfs::{
     lxcfs,
-    mount::{self, Process, Source, Workers},
+    mount::{self, Process, Source, Task, Workers},
     plan::Wish,
     view::FileSet,
 };
@@ -47,7 +52,7 @@ mod bare {
     fn clone(file: &OwnedFd) -> OwnedFd {
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
         let clone = rustix::mount::open_tree(file, "", flags).unwrap();
-        mount::make_view(&clone).unwrap();
+        mount::make_view(&clone, true).unwrap();
         clone
     }
 
@@ -130,9 +135,9 @@ fn one_container(runtime: &tokio::runtime::Runtime, workers: &Workers, process: 
         let (mut ours, mut bare) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
             let begun = Instant::now();
-            mount::visit(seat, &process, Wish::Files(FileSet::ALL), Some(&source)).unwrap();
+            mount::visit(seat, &process, &Task::wish(Wish::Files(FileSet::ALL), Some(source.clone()))).unwrap();
             let between = Instant::now();
-            mount::visit(seat, &process, Wish::Nothing, None).unwrap();
+            mount::visit(seat, &process, &Task::wish(Wish::Nothing, None)).unwrap();
             ours.push([between - begun, between.elapsed()]);
             let begun = Instant::now();
             bare::inject(&process, &source, &home);
@@ -156,7 +161,7 @@ fn passes(runtime: &tokio::runtime::Runtime, workers: &Workers, processes: &[Arc
         let begun = Instant::now();
         runtime.block_on(async {
             let visits = stream::iter(processes[..n].to_vec())
-                .map(|process| mount::reconcile(workers, process, wish, source.clone()));
+                .map(|process| mount::run(workers, process, Task::wish(wish, source.clone())));
             visits.buffer_unordered(32).for_each(async |visited| drop(visited.unwrap().unwrap())).await;
         });
         begun.elapsed()

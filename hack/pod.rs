@@ -32,7 +32,7 @@ async fn main() -> Result<ExitCode> {
     let client = RuntimeServiceClient::new(channel);
     match command {
         ["ready"] => ready(client).await,
-        ["run", name, annotations @ ..] => run(client, name, annotations).await,
+        ["run", name, annotations @ ..] => Box::pin(run(client, name, annotations)).await,
         ["exec", id, command @ ..] => exec(client, id, command).await,
         ["clear"] => clear(client).await,
         _ => bail!("usage: pod SOCKET run NAME [KEY=VALUE]… | exec CONTAINER COMMAND… | clear"),

@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use crate::{
     agent::{self, Agent, state::State},
     check, lxcfs,
-    mount::{self, Outcome, Process, Source, Workers},
+    mount::{self, Outcome, Process, Source, Task, Workers},
     node,
     plan::{Step, Wish},
     pods,
@@ -330,7 +330,7 @@ impl Change {
         for step in outcome.done {
             match step {
                 Step::Inject(file) => change.injected.insert(file),
-                Step::Swap(file, _) => change.remounted.insert(file),
+                Step::Swap(file, _) | Step::Adopt(file, _) => change.remounted.insert(file),
                 Step::Remove(file, _) => change.removed.insert(file),
             }
         }
@@ -365,7 +365,7 @@ async fn changed(
         let source = source.clone();
         async move {
             let pid = process.pid();
-            let visited = mount::reconcile(workers, process, wish, source).await;
+            let visited = mount::run(workers, process, Task::wish(wish, source)).await;
             match visited.unwrap_or_else(|late| Err(late.error.into())) {
                 Ok(outcome) => Change::new(pid, outcome, None),
                 Err(e) => {

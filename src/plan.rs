@@ -109,12 +109,14 @@ pub enum Step {
     Swap(ViewFile, u64),
     /// Detach this mount, a view file.
     Remove(ViewFile, u64),
+    /// As [`Step::Swap`], for an lxcfs file that came with the pod; what takes its place counts as such still.
+    Adopt(ViewFile, u64),
 }
 
 impl Step {
     pub fn file(self) -> ViewFile {
         match self {
-            Step::Inject(file) | Step::Swap(file, _) | Step::Remove(file, _) => file,
+            Step::Inject(file) | Step::Swap(file, _) | Step::Remove(file, _) | Step::Adopt(file, _) => file,
         }
     }
 }
@@ -154,7 +156,37 @@ pub struct Plan {
 }
 
 /// Plans. Without a serving lxcfs nothing is put in and wished views stay as they are; what is not wished goes all the same.
-pub fn plan(wish: Wish, there: &There, serving: Option<Serving>) -> Plan {
+/// With `adopt`, lxcfs files that came with the pod are made current too, whatever is wished.
+pub fn plan(wish: Wish, there: &There, serving: Option<Serving>, adopt: bool) -> Plan {
+    let mut plan = of_views(wish, there, serving);
+    if let (true, Some(serving)) = (adopt, serving) {
+        for (file, layers) in &there.layers {
+            let usable = !there.unusable.contains_key(&file.base()) && serving.files.contains(*file);
+            // View files of ours that lie on it by mistake were planned away above.
+            let ours =
+                layers.iter().rev().take_while(|l| wish != Wish::Keep && matches!(l.kind, Kind::View(_))).count();
+            if let Some(Layer { id, kind: Kind::Foreign(dev) }) = layers[..layers.len() - ours].last()
+                && usable
+                && *dev != serving.dev
+            {
+                plan.steps.push(Step::Adopt(*file, *id));
+            }
+        }
+    }
+    plan
+}
+
+/// Plans to take out the view files of an lxcfs that is gone, whatever is wished: the container's own files show again.
+pub fn sweep(there: &There, gone: impl Fn(Dev) -> bool) -> Plan {
+    let mut plan = Plan::default();
+    for (file, layers) in &there.layers {
+        let dead = layers.iter().rev().take_while(|l| matches!(l.kind, Kind::View(dev) if gone(dev)));
+        plan.steps.extend(dead.map(|l| Step::Remove(*file, l.id)));
+    }
+    plan
+}
+
+fn of_views(wish: Wish, there: &There, serving: Option<Serving>) -> Plan {
     let wished = match wish {
         Wish::Keep => return Plan::default(),
         Wish::Nothing => FileSet::NONE,
@@ -250,22 +282,65 @@ mod tests {
             (Wish::REFRESH, &[Foreign(OLD)], &[]),
         ];
         for (wish, layers, steps) in table {
-            assert_eq!(plan(wish, &there(layers), SERVING).steps, steps, "{wish:?} {layers:?}");
+            assert_eq!(plan(wish, &there(layers), SERVING, false).steps, steps, "{wish:?} {layers:?}");
         }
     }
 
     #[test]
     fn without_a_serving_lxcfs_wished_views_stay_and_unwished_ones_go() {
-        assert_eq!(plan(meminfo(), &there(&[Kind::View(OLD)]), None), Plan::default());
-        assert_eq!(plan(Wish::Nothing, &there(&[Kind::View(OLD)]), None).steps, [Step::Remove(ViewFile::Meminfo, 1)]);
+        assert_eq!(plan(meminfo(), &there(&[Kind::View(OLD)]), None, false), Plan::default());
+        assert_eq!(
+            plan(Wish::Nothing, &there(&[Kind::View(OLD)]), None, false).steps,
+            [Step::Remove(ViewFile::Meminfo, 1)]
+        );
     }
 
     #[test]
     fn what_is_not_served_is_reported_only_when_it_was_named() {
         let serving = Some(Serving { dev: NEW, files: FileSet::NONE });
-        assert_eq!(plan(meminfo(), &There::default(), serving).left_out, [(ViewFile::Meminfo, LeftOut::NotServed)]);
-        assert_eq!(plan(Wish::Files(FileSet::ALL), &There::default(), serving), Plan::default());
-        assert_eq!(plan(meminfo(), &there(&[Kind::View(OLD)]), serving).steps, [Step::Remove(ViewFile::Meminfo, 1)]);
+        assert_eq!(
+            plan(meminfo(), &There::default(), serving, false).left_out,
+            [(ViewFile::Meminfo, LeftOut::NotServed)]
+        );
+        assert_eq!(plan(Wish::Files(FileSet::ALL), &There::default(), serving, false), Plan::default());
+        assert_eq!(
+            plan(meminfo(), &there(&[Kind::View(OLD)]), serving, false).steps,
+            [Step::Remove(ViewFile::Meminfo, 1)]
+        );
+    }
+
+    #[test]
+    fn only_with_adopt_what_came_with_the_pod_is_made_current() {
+        use Kind::{Foreign, Other, View};
+        let f = ViewFile::Meminfo;
+        for (wish, layers, steps) in [
+            (Wish::Nothing, &[Foreign(OLD)][..], &[Step::Adopt(f, 1)][..]),
+            (meminfo(), &[Foreign(OLD)], &[Step::Adopt(f, 1)]),
+            (Wish::Keep, &[Foreign(OLD)], &[Step::Adopt(f, 1)]),
+            (meminfo(), &[Foreign(NEW)], &[]),
+            (Wish::Nothing, &[Foreign(OLD), Other], &[]),
+            (Wish::Nothing, &[View(OLD)], &[Step::Remove(f, 1)]),
+        ] {
+            assert_eq!(plan(wish, &there(layers), SERVING, true).steps, steps, "{wish:?} {layers:?}");
+            let left_alone = plan(wish, &there(layers), SERVING, false).steps;
+            assert!(!left_alone.iter().any(|s| matches!(s, Step::Adopt(..))));
+        }
+    }
+
+    #[test]
+    fn a_sweep_takes_out_what_is_gone_and_nothing_else() {
+        use Kind::{Foreign, Other, View};
+        let f = ViewFile::Meminfo;
+        for (layers, steps) in [
+            (&[View(OLD)][..], &[Step::Remove(f, 1)][..]),
+            (&[View(OLD), View(OLD)], &[Step::Remove(f, 2), Step::Remove(f, 1)]),
+            (&[View(NEW)], &[]),
+            (&[Foreign(OLD)], &[]),
+            (&[View(OLD), Other], &[]),
+            (&[Other, View(OLD)], &[Step::Remove(f, 2)]),
+        ] {
+            assert_eq!(sweep(&there(layers), |dev| dev == OLD).steps, steps, "{layers:?}");
+        }
     }
 
     fn kinds() -> impl Strategy<Value = Kind> {
@@ -321,6 +396,11 @@ mod tests {
                 assert!(stack.is_empty(), "mounted on another mount");
                 stack.push(Layer { id: 1000 + step.file() as u64, kind: Kind::View(NEW) });
             }
+            Step::Adopt(_, id) => {
+                let top = stack.last_mut().expect("a mount to adopt");
+                assert_eq!((top.id, top.kind), (id, Kind::Foreign(OLD)), "not what came with the pod");
+                top.kind = Kind::Foreign(NEW);
+            }
             Step::Swap(_, id) | Step::Remove(_, id) => {
                 let top = stack.pop().expect("a mount to detach");
                 assert_eq!(top.id, id, "not the topmost");
@@ -335,17 +415,17 @@ mod tests {
     proptest! {
         #[test]
         fn applied_and_observed_again_the_plan_is_empty(
-            wish in any_wish(), before in any_there(), files in file_sets(), up in any::<bool>(),
+            wish in any_wish(), before in any_there(), files in file_sets(), up in any::<bool>(), adopt in any::<bool>(),
         ) {
             let serving = up.then_some(Serving { dev: NEW, files });
-            let first = plan(wish, &before, serving);
+            let first = plan(wish, &before, serving, adopt);
             let mut after = before.clone();
             for step in &first.steps {
                 apply(&mut after, *step);
             }
-            prop_assert_eq!(plan(wish, &after, serving).steps, vec![]);
+            prop_assert_eq!(plan(wish, &after, serving, adopt).steps, vec![]);
             // Nothing but view files was touched.
-            let others = |t: &There| t.layers.values().flatten().filter(|l| !matches!(l.kind, Kind::View(_))).copied().collect::<Vec<_>>();
+            let others = |t: &There| t.layers.values().flatten().filter(|l| !matches!(l.kind, Kind::View(_))).map(|l| l.id).collect::<Vec<_>>();
             prop_assert_eq!(others(&before), others(&after));
             if wish == Wish::Nothing {
                 prop_assert_eq!(after.views().count(), 0);

@@ -183,11 +183,6 @@ impl FileSet {
         FileSet(self.0 & other.0)
     }
 
-    /// The files of this set that are not in the other.
-    pub fn without(self, other: FileSet) -> FileSet {
-        FileSet(self.0 & !other.0)
-    }
-
     pub fn iter(self) -> impl Iterator<Item = ViewFile> {
         ViewFile::ALL.into_iter().filter(move |f| self.contains(*f))
     }

@@ -16,7 +16,7 @@ use tokio::{
 
 use crate::{
     lxcfs,
-    mount::{self, Source, Workers},
+    mount::{self, Source, Task, Workers},
     plan::Wish,
     pods::Update,
     report::{Once, events::Events},
@@ -138,7 +138,7 @@ impl Effects {
             let begun = Instant::now();
             let (finished, late) = match runtime.process(&id).await {
                 Err(e) => (unresolved(e), None),
-                Ok(process) => match mount::reconcile(&workers, process, wish, source).await {
+                Ok(process) => match mount::run(&workers, process, Task::wish(wish, source)).await {
                     Ok(visited) => (finished(visited), None),
                     Err(late) => (Finished::Hangs { why: late.error.to_string() }, Some(late.result)),
                 },

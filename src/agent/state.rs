@@ -419,7 +419,7 @@ impl Report {
             let kind = match step {
                 Step::Inject(_) => &mut self.injected,
                 Step::Remove(..) => &mut self.removed,
-                Step::Swap(..) => &mut self.remounted,
+                Step::Swap(..) | Step::Adopt(..) => &mut self.remounted,
             };
             kind.entry(container.to_owned()).or_default().insert(step.file());
         }

@@ -13,14 +13,15 @@ mod workers;
 
 use std::{
     cell::OnceCell,
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     fmt, io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::Arc,
+    time::Duration,
 };
 
 use rustix::{
-    fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags},
+    fs::{AtFlags, FlockOperation, Mode, OFlags, ResolveFlags, StatxFlags},
     mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags},
     path::DecInt,
     thread::{LinkNameSpaceType, ThreadNameSpaceType},
@@ -32,7 +33,7 @@ pub use self::{
     workers::{Error as WorkError, Late, Workers},
 };
 use crate::{
-    plan::{Dev, LeftOut, Plan, Serving, Step, There, Wish, plan},
+    plan::{Dev, LeftOut, Plan, Serving, Step, There, Wish, plan, sweep},
     view::{Base, ViewFile},
 };
 use table::Table;
@@ -92,17 +93,46 @@ pub struct Outcome {
     pub left_out: Vec<(ViewFile, LeftOut)>,
 }
 
-/// Makes the view of `process`'s mount namespace what is wished. Without a `source` nothing is put in.
+/// What a visit is for.
+#[derive(Clone, Debug)]
+pub enum Task {
+    /// Make the view what is wished; without a source nothing is put in. With `adopt` lxcfs files that came with the pod are
+    /// made current too.
+    Reconcile { wish: Wish, source: Option<Arc<Source>>, adopt: bool },
+    /// Take out the view files of these lxcfs, which are gone.
+    Sweep(Arc<HashSet<Dev>>),
+}
+
+impl Task {
+    pub fn wish(wish: Wish, source: Option<Arc<Source>>) -> Task {
+        Task::Reconcile { wish, source, adopt: false }
+    }
+
+    fn plan(&self, there: &There) -> Plan {
+        match self {
+            Task::Reconcile { wish, source, adopt } => plan(*wish, there, source.as_ref().map(|s| s.serving()), *adopt),
+            Task::Sweep(gone) => sweep(there, |dev| gone.contains(&dev)),
+        }
+    }
+
+    fn source(&self, file: ViewFile) -> Option<&OwnedFd> {
+        match self {
+            Task::Reconcile { source, .. } => source.as_ref()?.files.get(&file),
+            Task::Sweep(_) => None,
+        }
+    }
+}
+
+/// Does a task in `process`'s mount namespace.
 ///
 /// # Errors
 /// See [`Error`]; repeating is safe, what is already so stays so.
-pub async fn reconcile(
+pub async fn run(
     workers: &Workers,
     process: Arc<Process>,
-    wish: Wish,
-    source: Option<Arc<Source>>,
+    task: Task,
 ) -> Result<Result<Outcome, Error>, Late<Result<Outcome, Error>>> {
-    workers.run(move |seat| visit(seat, &process, wish, source.as_deref())).await
+    workers.run(move |seat| visit(seat, &process, &task)).await
 }
 
 /// Reads what is there, and changes nothing.
@@ -126,46 +156,74 @@ pub async fn answers(workers: &Workers, process: Arc<Process>, file: ViewFile) -
     matches!(workers.run(move |seat| seat.inside(&process, read)).await, Ok(Ok(true)))
 }
 
+/// A namespace that another kube-lxcfs works on is waited for this often, this long each time: more than any visit takes.
+const LOCK_TRIES: u32 = 500;
+const LOCK_WAIT: Duration = Duration::from_millis(1);
+
+/// So often a visit plans anew when the mounts change under it.
+const MOST_PLANS: usize = 4;
+
 /// The visit itself, on a worker's thread.
-pub fn visit(seat: &Seat, process: &Process, wish: Wish, source: Option<&Source>) -> Result<Outcome, Error> {
-    let serving = source.map(Source::serving);
-    let Plan { steps, mut left_out } = plan(wish, &seat.inside(process, |inside| inside.there())?, serving);
-    if steps.is_empty() {
-        return Ok(Outcome { done: steps, left_out });
-    }
-    // Clones can be made only of mounts of the namespace one is in: at home.
-    let steps: Vec<(Step, Option<io::Result<OwnedFd>>)> = steps
-        .into_iter()
-        .map(|step| {
-            let source = source.and_then(|s| s.files.get(&step.file()));
-            let clone = match step {
-                Step::Inject(_) | Step::Swap(..) => source.map(|file| detached(file.as_fd())),
-                Step::Remove(..) => None,
-            };
-            (step, clone)
-        })
-        .collect();
-    let mut done = Vec::new();
-    let mut failed = Vec::new();
-    seat.inside(process, |inside| {
-        for (step, clone) in steps {
-            match inside.make(step, clone) {
-                Ok(()) => done.push(step),
-                Err((_, Refusal::LeftOut(why))) => left_out.push((step.file(), why)),
-                Err((what, Refusal::Failed(cause))) => failed.push(StepError { step, what, cause }),
+pub fn visit(seat: &Seat, process: &Process, task: &Task) -> Result<Outcome, Error> {
+    let mut outcome = Outcome::default();
+    let mut lock = None;
+    for again in (0..MOST_PLANS).rev() {
+        let (steps, left_out) = seat.inside(process, |inside| {
+            let planned = task.plan(&inside.there()?);
+            if planned.steps.is_empty() || lock.is_some() {
+                return Ok((planned.steps, planned.left_out));
             }
+            // Before anything is changed: another kube-lxcfs may be at work here. What it did meanwhile is looked at.
+            lock = Some(inside.lock());
+            let Plan { steps, left_out } = task.plan(&inside.there()?);
+            Ok((steps, left_out))
+        })?;
+        outcome.left_out = left_out;
+        if steps.is_empty() {
+            return Ok(outcome);
         }
-        Ok(())
-    })?;
-    let outcome = Outcome { done, left_out };
-    if failed.is_empty() { Ok(outcome) } else { Err(Error::Steps { pid: process.pid(), failed, outcome }) }
+        // Clones can be made only of mounts of the namespace one is in: at home.
+        let clone = |step: Step| {
+            let file = task.source(step.file());
+            match step {
+                Step::Inject(_) | Step::Swap(..) => file.map(|file| detached(file.as_fd(), true)),
+                Step::Adopt(..) => file.map(|file| detached(file.as_fd(), false)),
+                Step::Remove(..) => None,
+            }
+        };
+        let steps: Vec<(Step, Option<io::Result<OwnedFd>>)> =
+            steps.into_iter().map(|step| (step, clone(step))).collect();
+        let mut failed = Vec::new();
+        let mut changed = false;
+        seat.inside(process, |inside| {
+            for (step, clone) in steps {
+                match inside.make(step, clone) {
+                    Ok(()) => outcome.done.push(step),
+                    Err((_, Refusal::LeftOut(why))) => outcome.left_out.push((step.file(), why)),
+                    Err((_, Refusal::Changed)) if again > 0 => changed = true,
+                    Err((what, Refusal::Changed)) => {
+                        failed.push(StepError { step, what, cause: io::Error::other("it changes again and again") });
+                    }
+                    Err((what, Refusal::Failed(cause))) => failed.push(StepError { step, what, cause }),
+                }
+            }
+            Ok(())
+        })?;
+        if !failed.is_empty() {
+            return Err(Error::Steps { pid: process.pid(), failed, outcome });
+        }
+        if !changed {
+            return Ok(outcome);
+        }
+    }
+    Ok(outcome)
 }
 
-/// A detached mount of one view file, with the options of a view.
-fn detached(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+/// A detached mount of one view file, with the options of a view, marked as ours or not.
+fn detached(file: BorrowedFd<'_>, marked: bool) -> io::Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
     let clone = rustix::mount::open_tree(file, "", flags)?;
-    sys::make_view(&clone)?;
+    sys::make_view(&clone, marked)?;
     Ok(clone)
 }
 
@@ -276,6 +334,8 @@ impl Drop for Return<'_> {
 /// Why one step was not made.
 enum Refusal {
     LeftOut(LeftOut),
+    /// The mounts are no longer as they were when it was planned.
+    Changed,
     Failed(io::Error),
 }
 
@@ -306,17 +366,15 @@ impl Inside<'_> {
         match (step, clone) {
             (Step::Inject(file), Some(clone)) => self.inject(file, &clone).map_err(|e| ("mounting", e)),
             (Step::Remove(file, id), _) => self.remove(file, id).map_err(|e| ("unmounting", e)),
-            (Step::Swap(file, id), Some(clone)) if self.seat.beneath => {
+            (Step::Swap(file, id) | Step::Adopt(file, id), Some(clone)) if self.seat.beneath => {
                 self.swap(file, id, &clone).map_err(|e| ("swapping", e))
             }
             // Before kernel 6.5 there is a moment with the container's own file.
-            (Step::Swap(file, id), Some(clone)) => {
+            (Step::Swap(file, id) | Step::Adopt(file, id), Some(clone)) => {
                 let swap = self.remove(file, id).and_then(|()| self.inject(file, &clone));
                 swap.map_err(|e| ("swapping", e))
             }
-            (Step::Inject(_) | Step::Swap(..), None) => {
-                Err(("cloning", Refusal::Failed(io::Error::other("lxcfs does not serve it"))))
-            }
+            (_, None) => Err(("cloning", Refusal::Failed(io::Error::other("lxcfs does not serve it")))),
         }
     }
 
@@ -332,32 +390,43 @@ impl Inside<'_> {
     }
 
     fn swap(&self, file: ViewFile, id: u64, clone: &OwnedFd) -> Result<(), Refusal> {
-        let Some(old) = self.mounted(file, id)? else {
-            return Err(Refusal::Failed(io::Error::other("it was changed meanwhile")));
-        };
-        move_mount(clone, &old, MoveMountFlags::MOVE_MOUNT_BENEATH)?;
-        Ok(self.detach(&old)?)
+        let old = self.mounted(file, id)?;
+        move_mount(clone, &old, MoveMountFlags::MOVE_MOUNT_BENEATH).map_err(gone_meanwhile)?;
+        self.detach(&old)
     }
 
     fn remove(&self, file: ViewFile, id: u64) -> Result<(), Refusal> {
-        match self.mounted(file, id)? {
-            Some(view) => Ok(self.detach(&view)?),
-            None => Err(Refusal::Failed(io::Error::other("it was changed meanwhile"))),
-        }
+        let view = self.mounted(file, id)?;
+        self.detach(&view)
     }
 
     /// The mount on a view file's path, if it is the one with this id. Sends its file system no request.
-    fn mounted(&self, file: ViewFile, id: u64) -> Result<Option<OwnedFd>, Refusal> {
+    fn mounted(&self, file: ViewFile, id: u64) -> Result<OwnedFd, Refusal> {
         let base = self.base(file.base())?;
         let top = open(base, file.below_base(), ResolveFlags::empty())?;
         let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
         let found = rustix::fs::statx(&top, "", flags, StatxFlags::MNT_ID)?;
-        Ok((found.stx_mnt_id == id).then_some(top))
+        if found.stx_mnt_id == id { Ok(top) } else { Err(Refusal::Changed) }
     }
 
     /// Detaches the mount whose root is open as `view`. By descriptor, because a path could have come to mean another one.
-    fn detach(&self, view: &OwnedFd) -> Result<(), rustix::io::Errno> {
-        rustix::mount::unmount(DecInt::from_fd(view), UnmountFlags::DETACH)
+    fn detach(&self, view: &OwnedFd) -> Result<(), Refusal> {
+        rustix::mount::unmount(DecInt::from_fd(view), UnmountFlags::DETACH).map_err(gone_meanwhile)
+    }
+
+    /// A lock on the namespace that every kube-lxcfs takes before it changes it: flock(2) on the namespace's own file, gone
+    /// with the descriptor. A container could hold it too, so it is waited for only so long.
+    fn lock(&self) -> Option<OwnedFd> {
+        let file =
+            rustix::fs::openat(&self.seat.proc, "thread-self/ns/mnt", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+        let file = file.ok()?;
+        for _ in 0..LOCK_TRIES {
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(rustix::io::Errno::WOULDBLOCK) => std::thread::sleep(LOCK_WAIT),
+                _ => return Some(file),
+            }
+        }
+        Some(file)
     }
 
     /// The container's `/proc` or `/sys`, checked to be procfs or sysfs.
@@ -378,6 +447,11 @@ impl Inside<'_> {
         }
         Ok(cell.get_or_init(|| dir))
     }
+}
+
+/// A mount that was detached meanwhile is none of this namespace any more (EINVAL).
+fn gone_meanwhile(e: rustix::io::Errno) -> Refusal {
+    if e == rustix::io::Errno::INVAL { Refusal::Changed } else { e.into() }
 }
 
 fn open(dir: impl AsFd, path: &str, more: ResolveFlags) -> Result<OwnedFd, rustix::io::Errno> {

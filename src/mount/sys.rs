@@ -24,13 +24,15 @@ const MOUNT_ATTR_NOATIME: u64 = 0x10;
 /// The bits that hold the access time mode; to be cleared whole before one is set.
 const MOUNT_ATTR_ATIME: u64 = 0x70;
 
-/// Makes a detached mount read-only, nosuid, nodev, noexec, noatime and private (mount_setattr(2), kernel 5.12).
+/// Makes a detached mount read-only, nosuid, nodev, noexec and private (mount_setattr(2), kernel 5.12). It is marked as ours by
+/// noatime; without the mark it is relatime, as mounts that came with a pod are.
 ///
 /// # Errors
 /// Those of the call.
-pub fn make_view(mount: impl AsFd) -> io::Result<()> {
+pub fn make_view(mount: impl AsFd, marked: bool) -> io::Result<()> {
+    let mark = if marked { MOUNT_ATTR_NOATIME } else { 0 };
     let attr = MountAttr {
-        attr_set: MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_NOATIME,
+        attr_set: MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC | mark,
         attr_clr: MOUNT_ATTR_ATIME,
         propagation: libc::MS_PRIVATE,
         userns_fd: 0,

@@ -6,7 +6,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use kube::{Client, Config, config::Kubeconfig};
+use kube::{
+    Client, Config,
+    config::{KubeConfigOptions, Kubeconfig},
+};
 use tempfile::TempDir;
 
 use crate::harness::*;
@@ -152,7 +155,8 @@ impl Cluster {
     /// A client for the administrator.
     pub(crate) async fn client(&self) -> Client {
         let kubeconfig = Kubeconfig::read_from(self.kubeconfig("admin")).unwrap();
-        Client::try_from(Config::from_custom_kubeconfig(kubeconfig, &Default::default()).await.unwrap()).unwrap()
+        Client::try_from(Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.unwrap())
+            .unwrap()
     }
 }
 

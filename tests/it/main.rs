@@ -1,5 +1,11 @@
 //! Tests against the real thing: lxcfs, containerd, runc, kube-apiserver, etcd and this kernel. `make test` sets them up.
-#![allow(clippy::unwrap_used, missing_docs, reason = "tests fail by panicking, and tell what they want by their names")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::wildcard_imports,
+    clippy::needless_pass_by_value,
+    clippy::similar_names,
+    reason = "tests fail by panicking, and are read for what they want"
+)]
 
 mod cluster;
 mod command_line;
