@@ -58,7 +58,7 @@ tell() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 # show CONTAINER: what programs in it see.
 show() {
     local command
-    for command in "free -m" "grep -c ^processor /proc/cpuinfo" "nproc --all" "uptime -p"; do
+    for command in "free -m" "grep -c ^processor /proc/cpuinfo" "cat /sys/devices/system/cpu/online" "uptime -p"; do
         printf '  $ %s\n' "$command"
         # shellcheck disable=SC2086 # words are wanted
         pod "$socket" exec "$1" $command | sed 's/^/      /'
@@ -99,6 +99,7 @@ read -r _ left_alone < <(pod "$socket" run left-alone)
 sleep 3
 
 tell "1. Without kube-lxcfs: the first pod sees the machine's memory, CPUs and age."
+echo "  (nproc alone asks the kernel for its affinity and not /proc; no file can change its answer.)"
 show "$opted_in"
 
 tell "2. The agent starts. No pod is restarted, and nothing of lxcfs is mounted into the pods beforehand."
