@@ -27,6 +27,7 @@ use kube_lxcfs::{
     lxcfs,
     mount::{self, Process, Source, Task, Workers},
     plan::Wish,
+    sys,
     view::FileSet,
 };
 use rustix::{
@@ -52,7 +53,7 @@ mod bare {
     fn clone(file: &OwnedFd) -> OwnedFd {
         let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
         let clone = rustix::mount::open_tree(file, "", flags).unwrap();
-        mount::make_view(&clone, true).unwrap();
+        sys::make_view(&clone, true).unwrap();
         clone
     }
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::OsString,
     io::{IsTerminal, Write},
     path::PathBuf,
     process::ExitCode,
@@ -88,6 +89,18 @@ enum PodsFrom {
 enum Command {
     /// Run the node agent: keeps the views of this node's pods as their annotations wish.
     Agent(AgentArgs),
+    /// Run lxcfs as a child: restarted when it dies, killed when it hangs, and no container keeps a dead view of it.
+    Lxcfs {
+        /// The lxcfs program.
+        #[arg(long, env = "KUBE_LXCFS_LXCFS_BIN", value_name = "FILE", default_value = "lxcfs")]
+        lxcfs_bin: PathBuf,
+        /// An lxcfs that gives no answer for so long is killed and started again, as in 5s or 800ms.
+        #[arg(long, env = "KUBE_LXCFS_WATCHDOG", value_name = "TIME", default_value = "5s", value_parser = time)]
+        watchdog: Duration,
+        /// More arguments for lxcfs.
+        #[arg(last = true, value_name = "ARGUMENT")]
+        args: Vec<OsString>,
+    },
     /// Put the view into a container (or some files of it); what it has already stays.
     Mount {
         #[command(flatten)]
@@ -142,6 +155,9 @@ struct AgentArgs {
     /// Give a view to pods that say nothing, in namespaces that say nothing.
     #[arg(long, env = "KUBE_LXCFS_INJECT_BY_DEFAULT")]
     inject_by_default: bool,
+    /// Keep lxcfs files current too that came with a pod, as from an admission webhook's volumes.
+    #[arg(long, env = "KUBE_LXCFS_ADOPT")]
+    adopt: bool,
     /// Threads that mount [default: one per CPU, 4 at most].
     #[arg(long, env = "KUBE_LXCFS_WORKERS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     workers: Option<u16>,
@@ -207,6 +223,13 @@ fn log_to_stderr(format: LogFormat) {
 async fn run(Cli { common, command }: Cli) -> Result<ExitCode> {
     match command {
         Command::Agent(args) => run_agent(common, args).await,
+        Command::Lxcfs { lxcfs_bin, watchdog, args } => {
+            check::privileged()?;
+            mount::verify_calls()?;
+            let path = std::path::absolute(&common.lxcfs_path)?;
+            lxcfs::supervisor::Supervisor { path, bin: lxcfs_bin, args, watchdog }.run().await?;
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Mount { target: One { pid, container }, files, output } => {
             let workers = workers(None)?;
             let process = process(&common, pid, container.as_deref()).await?;
@@ -233,6 +256,17 @@ async fn run(Cli { common, command }: Cli) -> Result<ExitCode> {
             Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
         }
     }
+}
+
+/// A length of time, as in `5s`, `1.5s` or `800ms`: from 100 ms to an hour.
+fn time(text: &str) -> Result<Duration, String> {
+    let expected = || format!("'{text}' is no time from 100ms to 3600s, as in 5s or 800ms");
+    let (number, unit) = match text.strip_suffix("ms") {
+        Some(number) => (number, 0.001),
+        None => (text.strip_suffix('s').ok_or_else(expected)?, 1.0),
+    };
+    let seconds = number.parse::<f64>().map_err(|_| expected())? * unit;
+    if (0.1..=3600.0).contains(&seconds) { Ok(Duration::from_secs_f64(seconds)) } else { Err(expected()) }
 }
 
 /// The threads that mount, once it is known that they can.
@@ -262,10 +296,10 @@ async fn run_agent(common: Common, args: AgentArgs) -> Result<ExitCode> {
         tokio::spawn(pods::cri::watch(cri.clone(), tell));
         Events::to_log()
     };
-    let state = State::new(args.inject_by_default, from_kubernetes);
+    let state = State::new(args.inject_by_default, from_kubernetes, args.adopt);
     let runtime = Runtime::new(common.pid_from, cri);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), lxcfs = %common.lxcfs_path.display(), "agent begins");
-    let agent = Agent { workers, runtime, lxcfs_path: common.lxcfs_path, events, state };
+    let agent = Agent { workers, runtime, lxcfs_path: common.lxcfs_path, events, state, adopt: args.adopt };
     agent::run(agent, updates).await.context("signals cannot be listened for")?;
     Ok(ExitCode::SUCCESS)
 }

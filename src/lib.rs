@@ -13,4 +13,5 @@ pub mod pods;
 pub mod policy;
 pub mod report;
 pub mod runtime;
+pub mod sys;
 pub mod view;

@@ -1,9 +1,10 @@
 //! The node as it is: every mount namespace once, and which views are in them. Needs no runtime and no API server.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
-    io,
+    collections::{BTreeMap, HashMap, HashSet, hash_map::Entry},
+    fmt, io,
     os::unix::fs::MetadataExt,
+    pin::pin,
     sync::Arc,
 };
 
@@ -11,14 +12,14 @@ use futures::{StreamExt, stream};
 use serde::Serialize;
 
 use crate::{
-    mount::{self, Process, Workers},
-    plan::{Dev, There},
+    mount::{self, Process, Source, Task, Workers},
+    plan::{Dev, There, Wish},
     runtime::{self, ContainerId},
     view::ViewFile,
 };
 
 /// How many namespaces are looked at side by side.
-const AT_ONCE: usize = 16;
+const AT_ONCE: usize = 64;
 
 /// One process of every mount namespace of this node but our own.
 ///
@@ -69,6 +70,82 @@ pub async fn views(workers: &Workers) -> io::Result<Vec<Viewed>> {
     let mut viewed: Vec<Viewed> = looked.buffer_unordered(AT_ONCE).filter_map(async |v| v).collect().await;
     viewed.sort_by_key(|v| v.process.pid());
     Ok(viewed)
+}
+
+/// What a pass over the node did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pass {
+    pub containers: usize,
+    pub files: usize,
+    /// Containers that it could not be done to.
+    pub failed: usize,
+}
+
+impl fmt::Display for Pass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} view files in {} containers", self.files, self.containers)?;
+        if self.failed > 0 { write!(f, ", {} containers failed", self.failed) } else { Ok(()) }
+    }
+}
+
+/// Does a task in every mount namespace of the node, many side by side.
+async fn pass(workers: &Workers, processes: Vec<Arc<Process>>, task: &Task) -> Pass {
+    let visits = stream::iter(processes).map(|process| async move {
+        let visited = mount::run(workers, process, task.clone()).await;
+        visited.unwrap_or_else(|late| Err(late.error.into()))
+    });
+    let mut pass = Pass::default();
+    let mut visits = pin!(visits.buffer_unordered(AT_ONCE));
+    while let Some(visited) = visits.next().await {
+        let done = match visited {
+            Ok(outcome) => outcome.done.len(),
+            Err(mount::Error::Ended(_) | mount::Error::Host(_) | mount::Error::Own(_)) => 0,
+            Err(e) => {
+                pass.failed += 1;
+                tracing::warn!("{e}");
+                if let mount::Error::Steps { outcome, .. } = e { outcome.done.len() } else { 0 }
+            }
+        };
+        pass.files += done;
+        pass.containers += usize::from(done > 0);
+    }
+    pass
+}
+
+/// Gives every container of the node its own files back where a view file is of an lxcfs that is gone. Asks no lxcfs anything.
+///
+/// # Errors
+/// When `/proc` cannot be listed.
+#[allow(clippy::implicit_hasher, reason = "a handful of device numbers")]
+pub async fn sweep(workers: &Workers, gone: HashSet<Dev>) -> io::Result<Pass> {
+    Ok(pass(workers, namespaces()?, &Task::Sweep(Arc::new(gone))).await)
+}
+
+/// The same for every lxcfs that does not answer, one by one asked in a container that has a view of it. `serving` is not asked.
+///
+/// # Errors
+/// When `/proc` cannot be listed.
+pub async fn sweep_dead(workers: &Workers, serving: Option<Dev>) -> io::Result<Pass> {
+    let mut answers: HashMap<Dev, bool> = serving.into_iter().map(|dev| (dev, true)).collect();
+    for Viewed { process, there } in views(workers).await? {
+        for (file, dev) in there.views() {
+            if let Entry::Vacant(unknown) = answers.entry(dev) {
+                unknown.insert(mount::answers(workers, process.clone(), file).await);
+            }
+        }
+    }
+    let gone: HashSet<Dev> = answers.into_iter().filter(|(_, answers)| !answers).map(|(dev, _)| dev).collect();
+    if gone.is_empty() { Ok(Pass::default()) } else { sweep(workers, gone).await }
+}
+
+/// Makes every view of the node current.
+///
+/// # Errors
+/// When `/proc` cannot be listed.
+pub async fn refresh(workers: &Workers, source: &Arc<Source>) -> io::Result<Pass> {
+    let stale = |viewed: &Viewed| viewed.there.views().any(|(_, dev)| dev != source.dev);
+    let processes = views(workers).await?.into_iter().filter(stale).map(|viewed| viewed.process).collect();
+    Ok(pass(workers, processes, &Task::wish(Wish::REFRESH, Some(source.clone()))).await)
 }
 
 /// Whether the lxcfs behind a view file answers.

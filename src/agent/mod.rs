@@ -4,8 +4,9 @@
 pub mod state;
 
 use std::{
+    collections::HashSet,
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, Weak},
     time::{Duration, Instant},
 };
 
@@ -15,9 +16,10 @@ use tokio::{
 };
 
 use crate::{
-    lxcfs,
+    lxcfs::{self, Change, Finder, Watch},
     mount::{self, Source, Task, Workers},
-    plan::Wish,
+    node,
+    plan::{Dev, Wish},
     pods::Update,
     report::{Once, events::Events},
     runtime::{self, ContainerId, Runtime},
@@ -28,6 +30,8 @@ use state::{Due, Finished, Start, State};
 const MOST_AT_ONCE: usize = 32;
 /// How often every container is looked at again, for what no watcher tells, as when a container unmounts its own view.
 const RESYNC: Duration = Duration::from_secs(300);
+/// A supervisor has swept by then.
+const OWNER_SWEEPS: Duration = Duration::from_millis(250);
 /// How long operations that have begun may take to end after SIGTERM.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -39,41 +43,38 @@ pub struct Agent {
     pub lxcfs_path: PathBuf,
     pub events: Events,
     pub state: State,
+    /// Keep lxcfs files current that came with a pod.
+    pub adopt: bool,
 }
 
 /// What the loop waits for, besides updates.
 enum Told {
-    Lxcfs(Result<Arc<Source>, lxcfs::Error>),
+    /// By the generation in which it was looked for.
+    Lxcfs(u64, Result<Arc<Source>, lxcfs::Error>),
+    Changed(lxcfs::Change),
     Finished(ContainerId, Finished),
 }
 
 /// Runs until SIGTERM or SIGINT; leaves the views alone.
 ///
 /// # Errors
-/// When the signals cannot be listened for.
+/// When the signals or the mount table cannot be listened to.
 pub async fn run(agent: Agent, mut updates: mpsc::Receiver<Update>) -> std::io::Result<()> {
-    let Agent { workers, runtime, lxcfs_path, events, mut state } = agent;
+    let Agent { workers, runtime, lxcfs_path, events, state, adopt } = agent;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (tell, mut told) = mpsc::channel(MOST_AT_ONCE);
-    let effects = Effects { workers, runtime, permits: Arc::new(Semaphore::new(MOST_AT_ONCE)), tell };
-    let mut source: Option<Arc<Source>> = None;
-    let mut trouble = Once::default();
+    let finder = Finder::new(&lxcfs_path);
+    let watching = tokio::spawn(tell_changes(Watch::new(finder.clone(), workers.clone())?, tell.clone()));
+    let effects = Effects { workers, runtime, finder, adopt, permits: Arc::new(Semaphore::new(MOST_AT_ONCE)), tell };
+    // What an lxcfs left that ended while no agent looked.
+    effects.sweep_dead();
+    let mut agent =
+        Loop { effects, events, state, source: None, generation: 0, before: Vec::new(), trouble: Once::default() };
     let mut resync = tokio::time::interval_at((Instant::now() + RESYNC).into(), RESYNC);
     loop {
-        let Due { start, find_lxcfs } = state.due(Instant::now());
-        if find_lxcfs {
-            effects.find_lxcfs(lxcfs_path.clone());
-        }
-        for Start { id, wish, name } in start {
-            tracing::debug!(container = name, %id, ?wish, "begin");
-            effects.begin(id, wish, name, source.clone());
-        }
-        if state.running() == 0 && source.take().is_some() {
-            state.lxcfs_released();
-        }
-        state.take_events().into_iter().for_each(|event| events.tell(event));
-        let next = state.next();
+        agent.begin_what_is_due();
+        let next = agent.state.next();
         let wake = async {
             match next {
                 Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -81,36 +82,113 @@ pub async fn run(agent: Agent, mut updates: mpsc::Receiver<Update>) -> std::io::
             }
         };
         tokio::select! {
-            Some(update) = updates.recv() => state.update(update),
-            Some(told) = told.recv() => match told {
-                Told::Finished(id, finished) => state.finished(&id, finished, Instant::now()),
-                Told::Lxcfs(Ok(found)) => {
-                    trouble.over("lxcfs serves again");
-                    source = Some(found);
-                    state.lxcfs_found(Ok(()), Instant::now());
-                }
-                Told::Lxcfs(Err(e)) => {
-                    trouble.warn("views wait for lxcfs", &e);
-                    state.lxcfs_found(Err(e.to_string()), Instant::now());
-                }
-            },
+            Some(update) = updates.recv() => agent.state.update(update),
+            Some(told) = told.recv() => agent.told(told),
             () = wake => {}
-            _ = resync.tick() => state.resync(),
+            _ = resync.tick() => agent.state.resync(),
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
         }
     }
+    watching.abort();
     tracing::info!("ends; the views stay");
     let farewell = async {
-        while state.running() > 0 {
+        while agent.state.running() > 0 {
             let Some(told) = told.recv().await else { break };
-            if let Told::Finished(id, finished) = told {
-                state.finished(&id, finished, Instant::now());
-            }
+            agent.told(told);
         }
     };
     let _ = tokio::time::timeout(FAREWELL, farewell).await;
     Ok(())
+}
+
+/// What the loop keeps between two turns.
+struct Loop {
+    effects: Effects,
+    events: Events,
+    state: State,
+    /// The serving lxcfs, held while operations need it.
+    source: Option<Arc<Source>>,
+    /// Counts the changes of the serving lxcfs: an answer to an older question is none.
+    generation: u64,
+    /// Those that served before and that operations may be giving containers views of still; and whether they are gone.
+    before: Vec<Before>,
+    trouble: Once,
+}
+
+struct Before {
+    dev: Dev,
+    held: Weak<Source>,
+    gone: bool,
+}
+
+impl Loop {
+    fn begin_what_is_due(&mut self) {
+        let Due { start, find_lxcfs } = self.state.due(Instant::now());
+        if find_lxcfs {
+            self.effects.find_lxcfs(self.generation);
+        }
+        for Start { id, wish, name } in start {
+            tracing::debug!(container = name, %id, ?wish, "begin");
+            self.effects.begin(id, wish, name, self.source.clone());
+        }
+        if self.state.running() == 0 && self.source.take().is_some() {
+            self.state.lxcfs_released();
+        }
+        self.state.take_events().into_iter().for_each(|event| self.events.tell(event));
+        // Views that were put in of an lxcfs after its sweep.
+        for Before { dev, .. } in self.before.extract_if(.., |b| b.held.strong_count() == 0).filter(|b| b.gone) {
+            self.effects.sweep(dev, Duration::ZERO);
+        }
+    }
+
+    fn told(&mut self, told: Told) {
+        match told {
+            Told::Finished(id, finished) => self.state.finished(&id, finished, Instant::now()),
+            Told::Lxcfs(generation, _) if generation != self.generation => {}
+            Told::Lxcfs(_, Ok(found)) => {
+                self.trouble.over("lxcfs serves again");
+                self.source = Some(found);
+                self.state.lxcfs_found(Ok(()), Instant::now());
+            }
+            Told::Lxcfs(_, Err(e)) => {
+                if self.state.lxcfs_missing_first() {
+                    self.effects.sweep_dead();
+                }
+                self.trouble.warn("views wait for lxcfs", &e);
+                self.state.lxcfs_found(Err(e.to_string()), Instant::now());
+            }
+            Told::Changed(change) => self.lxcfs_changed(change),
+        }
+    }
+
+    fn lxcfs_changed(&mut self, change: Change) {
+        tracing::info!(?change, "lxcfs changed");
+        self.generation += 1;
+        if let Some(source) = self.source.take() {
+            self.before.push(Before { dev: source.dev, held: Arc::downgrade(&source), gone: false });
+        }
+        let gone = match change {
+            Change::Mounted(_) => None,
+            // Its supervisor sweeps; it is looked after that it did.
+            Change::Ended { was, supervised: true } => Some((was, OWNER_SWEEPS)),
+            Change::Ended { was, supervised: false } | Change::Hangs(was) => Some((was, Duration::ZERO)),
+        };
+        if let Some((was, wait)) = gone {
+            self.effects.sweep(was.dev, wait);
+            self.before.iter_mut().filter(|b| b.dev == was.dev).for_each(|b| b.gone = true);
+        }
+        self.state.lxcfs_changed();
+    }
+}
+
+async fn tell_changes(mut watch: Watch, tell: mpsc::Sender<Told>) {
+    loop {
+        let change = watch.changed().await;
+        if tell.send(Told::Changed(change)).await.is_err() {
+            return;
+        }
+    }
 }
 
 /// What an operation is done with.
@@ -118,27 +196,44 @@ pub async fn run(agent: Agent, mut updates: mpsc::Receiver<Update>) -> std::io::
 struct Effects {
     workers: Workers,
     runtime: Runtime,
+    finder: Finder,
+    adopt: bool,
     permits: Arc<Semaphore>,
     tell: mpsc::Sender<Told>,
 }
 
 impl Effects {
-    fn find_lxcfs(&self, path: PathBuf) {
-        let Effects { workers, tell, .. } = self.clone();
+    fn find_lxcfs(&self, generation: u64) {
+        let Effects { workers, finder, tell, .. } = self.clone();
         tokio::spawn(async move {
-            let found = lxcfs::find(&workers, &path).await;
-            let _ = tell.send(Told::Lxcfs(found)).await;
+            let found = finder.find(&workers).await;
+            let _ = tell.send(Told::Lxcfs(generation, found)).await;
         });
     }
 
+    /// Gives containers their own files back where a view is of this lxcfs.
+    fn sweep(&self, dev: Dev, wait: Duration) {
+        let workers = self.workers.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(wait).await;
+            told(node::sweep(&workers, HashSet::from([dev])).await);
+        });
+    }
+
+    /// The same for every lxcfs that does not answer.
+    fn sweep_dead(&self) {
+        let workers = self.workers.clone();
+        tokio::spawn(async move { told(node::sweep_dead(&workers, None).await) });
+    }
+
     fn begin(&self, id: ContainerId, wish: Wish, name: String, source: Option<Arc<Source>>) {
-        let Effects { workers, runtime, permits, tell } = self.clone();
+        let Effects { workers, runtime, adopt, permits, tell, .. } = self.clone();
         tokio::spawn(async move {
             let permit = permits.acquire_owned().await;
             let begun = Instant::now();
             let (finished, late) = match runtime.process(&id).await {
                 Err(e) => (unresolved(e), None),
-                Ok(process) => match mount::run(&workers, process, Task::wish(wish, source)).await {
+                Ok(process) => match mount::run(&workers, process, Task::Reconcile { wish, source, adopt }).await {
                     Ok(visited) => (finished(visited), None),
                     Err(late) => (Finished::Hangs { why: late.error.to_string() }, Some(late.result)),
                 },
@@ -162,6 +257,14 @@ impl Effects {
     }
 }
 
+fn told(swept: std::io::Result<node::Pass>) {
+    match swept {
+        Ok(swept) if swept.files > 0 => tracing::info!(%swept, "containers have their own files back, lxcfs is gone"),
+        Ok(_) => {}
+        Err(e) => tracing::warn!("containers could not be looked at: {e}"),
+    }
+}
+
 fn unresolved(e: runtime::Error) -> Finished {
     match e {
         // The container is ending or its runtime is away; the log has it, and it is no matter of the pod's.
@@ -179,7 +282,7 @@ fn unresolved(e: runtime::Error) -> Finished {
 fn finished(visited: Result<mount::Outcome, mount::Error>) -> Finished {
     match visited {
         Ok(mount::Outcome { done, left_out }) => Finished::Done { done, left_out },
-        Err(mount::Error::Ended(_)) => Finished::Later,
+        Err(mount::Error::Ended(_) | mount::Error::SourceGone) => Finished::Later,
         Err(e @ (mount::Error::Host(_) | mount::Error::Own(_))) => Finished::Unsupported { why: e.to_string() },
         Err(e) => {
             let why = e.to_string();

@@ -70,6 +70,8 @@ struct Container {
     /// The wish that it was last brought to.
     settled: Option<Wish>,
     running: Option<Wish>,
+    /// The operation that runs settles nothing: lxcfs changed meanwhile.
+    again: bool,
     /// A failed operation waits until then.
     retry: Option<(u32, Instant)>,
     /// The warning that was told last, so that it is not told again at each retry.
@@ -96,6 +98,10 @@ struct PodState {
 
 /// The agent's state.
 #[derive(Debug)]
+#[allow(
+    clippy::struct_excessive_bools,
+    reason = "two flags of the command line and two lists that are there or not yet"
+)]
 pub struct State {
     inject_by_default: bool,
     pods_listed: bool,
@@ -105,14 +111,17 @@ pub struct State {
     labels: HashMap<String, String>,
     containers: HashMap<ContainerId, Container>,
     lxcfs: Lxcfs,
+    /// lxcfs files that came with a pod are kept current too: every container needs lxcfs.
+    adopt: bool,
     events: Vec<PodEvent>,
 }
 
 impl State {
     /// `has_namespaces`: whether updates of namespaces will come, so that decisions wait for the first.
-    pub fn new(inject_by_default: bool, has_namespaces: bool) -> State {
+    pub fn new(inject_by_default: bool, has_namespaces: bool, adopt: bool) -> State {
         State {
             inject_by_default,
+            adopt,
             pods_listed: false,
             namespaces_listed: !has_namespaces,
             pods: HashMap::new(),
@@ -163,11 +172,17 @@ impl State {
     pub fn due(&mut self, now: Instant) -> Due {
         let mut due = Due::default();
         let serves = self.lxcfs == Lxcfs::Serves;
+        let adopt = self.adopt;
         for (id, c) in &mut self.containers {
-            if c.running.is_some() || c.is_settled() || c.retry.is_some_and(|(_, at)| at > now) {
+            if c.running.is_some() || c.is_settled(adopt) || c.retry.is_some_and(|(_, at)| at > now) {
                 continue;
             }
+            // With adoption what is to be taken out waits for nothing, and is looked at again when lxcfs is there.
             if c.needs_lxcfs() && !serves {
+                due.find_lxcfs = true;
+                continue;
+            }
+            if self.adopt && !serves && self.lxcfs == Lxcfs::Unknown {
                 due.find_lxcfs = true;
                 continue;
             }
@@ -188,7 +203,8 @@ impl State {
 
     /// When [`State::due`] has something to say next, if nothing else happens.
     pub fn next(&self) -> Option<Instant> {
-        let waiting = || self.containers.values().filter(|c| c.running.is_none() && !c.is_settled());
+        let adopt = self.adopt;
+        let waiting = || self.containers.values().filter(|c| c.running.is_none() && !c.is_settled(adopt));
         let retries = waiting().filter_map(|c| c.retry.map(|(_, at)| at));
         let lxcfs = match self.lxcfs {
             Lxcfs::Absent { again, .. } if waiting().any(Container::needs_lxcfs) => Some(again),
@@ -209,7 +225,9 @@ impl State {
         if attempt == 0 {
             return;
         }
-        for c in self.containers.values_mut().filter(|c| c.running.is_none() && !c.is_settled() && c.needs_lxcfs()) {
+        let adopt = self.adopt;
+        for c in self.containers.values_mut().filter(|c| c.running.is_none() && !c.is_settled(adopt) && c.needs_lxcfs())
+        {
             if c.told.as_ref() != Some(&why)
                 && let Some(pod) = self.pods.get_mut(&c.pod)
             {
@@ -220,10 +238,27 @@ impl State {
         self.report_all();
     }
 
+    /// Whether lxcfs is looked for the first time since it served.
+    pub fn lxcfs_missing_first(&self) -> bool {
+        matches!(self.lxcfs, Lxcfs::Finding { attempt: 0 })
+    }
+
     /// The lxcfs that was found is no longer held: the next operation that needs one finds it anew.
     pub fn lxcfs_released(&mut self) {
         if self.lxcfs == Lxcfs::Serves {
             self.lxcfs = Lxcfs::Unknown;
+        }
+    }
+
+    /// Another lxcfs serves, or none: what is known of it is no longer true, and every view is looked at again.
+    pub fn lxcfs_changed(&mut self) {
+        self.lxcfs = Lxcfs::Unknown;
+        let adopt = self.adopt;
+        for c in self.containers.values_mut().filter(|c| adopt || c.needs_lxcfs()) {
+            c.settled = None;
+            c.retry = None;
+            // One that is being worked on may be given a view of the lxcfs before: its result is not the end.
+            c.again = c.running.is_some();
         }
     }
 
@@ -279,6 +314,10 @@ impl State {
         }
         if !hangs {
             c.running = None;
+            if std::mem::take(&mut c.again) {
+                c.settled = None;
+                c.retry = None;
+            }
             if !known {
                 self.containers.remove(id);
             }
@@ -348,6 +387,7 @@ impl State {
                 wish: *wish,
                 settled: None,
                 running: None,
+                again: false,
                 retry: None,
                 told: None,
             });
@@ -381,8 +421,8 @@ impl State {
 }
 
 impl Container {
-    fn is_settled(&self) -> bool {
-        self.wish == Wish::Keep || self.settled == Some(self.wish)
+    fn is_settled(&self, adopt: bool) -> bool {
+        (self.wish == Wish::Keep && !adopt) || self.settled == Some(self.wish)
     }
 
     /// What takes a view out needs no lxcfs.

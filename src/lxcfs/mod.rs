@@ -1,10 +1,14 @@
-//! The serving lxcfs: which one it is, what it serves, whether it answers. Reads only; every question to it has a deadline.
+//! The serving lxcfs: which one it is, what it serves, whether it answers, and when that changes. Reads only; every question
+//! to it has a deadline. [`supervisor`] runs one.
+
+pub mod supervisor;
+mod watch;
 
 use std::{
     collections::BTreeMap,
     io::Read,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -12,12 +16,14 @@ use rustix::{
     fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags},
     io::Errno,
 };
+use tokio::sync::oneshot;
 
 use crate::{
     mount::{
         Source, WorkError, Workers,
         table::{LXCFS_FSTYPE, Table},
     },
+    plan::Dev,
     view::ViewFile,
 };
 
@@ -40,18 +46,97 @@ pub enum Error {
     Work { path: PathBuf, why: WorkError },
 }
 
+pub use watch::{Change, Watch};
+
+/// Which lxcfs is mounted at a path. Two at different times are the same only if both numbers are: the kernel gives a device
+/// number to the next file system as soon as the last mount of the old one is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Identity {
+    pub dev: Dev,
+    /// The mount's id that is never given again (`STATX_MNT_ID_UNIQUE`, kernel 6.8), before that its plain one.
+    pub mount: u64,
+}
+
+/// `STATX_MNT_ID_UNIQUE` (include/uapi/linux/stat.h, kernel 6.8).
+const STATX_MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+
+/// The lxcfs that is mounted at `path`, if one is, by the mount table: it is sent no request.
+pub fn mounted(path: &Path) -> Option<Identity> {
+    let real = path.canonicalize().ok()?;
+    let text = std::fs::read("/proc/thread-self/mountinfo").ok()?;
+    let table = Table::parse(&text).ok()?;
+    let mount = table.top(real.as_os_str().as_encoded_bytes())?;
+    if *mount.fstype != *LXCFS_FSTYPE || *mount.root != *b"/" {
+        return None;
+    }
+    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+    let unique = rustix::fs::statx(rustix::fs::CWD, &real, flags, STATX_MNT_ID_UNIQUE).ok();
+    let unique = unique.filter(|stat| stat.stx_mask & STATX_MNT_ID_UNIQUE.bits() != 0);
+    Some(Identity { dev: mount.dev, mount: unique.map_or(mount.id, |stat| stat.stx_mnt_id) })
+}
+
 /// Finds the lxcfs that serves at `path`, sees whether it answers, and opens its view files.
 ///
 /// # Errors
 /// When there is none, or it does not answer within the workers' deadline.
 pub async fn find(workers: &Workers, path: &Path) -> Result<Arc<Source>, Error> {
-    let owned = path.to_owned();
-    match workers.run(move |_| open(&owned)).await {
-        Ok(found) => found.map(Arc::new),
-        Err(late) => Err(match late.error {
-            WorkError::Deadline(waited) => Error::Hung { path: path.to_owned(), waited },
-            why => Error::Work { path: path.to_owned(), why },
-        }),
+    Finder::new(path).find(workers).await
+}
+
+/// Finds the serving lxcfs again and again. One that hung is not asked a second time while the first question is unanswered,
+/// so that it costs one thread however long it hangs.
+#[derive(Clone, Debug)]
+pub struct Finder {
+    path: PathBuf,
+    unanswered: Arc<Mutex<Option<Unanswered>>>,
+}
+
+#[derive(Debug)]
+struct Unanswered {
+    by: Option<Identity>,
+    waited: Duration,
+    answer: oneshot::Receiver<Result<Source, Error>>,
+}
+
+impl Finder {
+    pub fn new(path: &Path) -> Finder {
+        Finder { path: path.to_owned(), unanswered: Arc::default() }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// # Errors
+    /// When no lxcfs serves, or it does not answer within the workers' deadline.
+    pub async fn find(&self, workers: &Workers) -> Result<Arc<Source>, Error> {
+        let by = mounted(&self.path);
+        if let Some(before) = &mut *self.unanswered() {
+            let hangs = matches!(before.answer.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+            if hangs && before.by == by {
+                return Err(Error::Hung { path: self.path.clone(), waited: before.waited });
+            }
+        }
+        let path = self.path.clone();
+        let late = match workers.run(move |_| open(&path)).await {
+            Ok(found) => {
+                *self.unanswered() = None;
+                return found.map(Arc::new);
+            }
+            Err(late) => late,
+        };
+        let path = self.path.clone();
+        Err(match late.error {
+            WorkError::Deadline(waited) => {
+                *self.unanswered() = late.result.map(|answer| Unanswered { by, waited, answer });
+                Error::Hung { path, waited }
+            }
+            why => Error::Work { path, why },
+        })
+    }
+
+    fn unanswered(&self) -> MutexGuard<'_, Option<Unanswered>> {
+        self.unanswered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

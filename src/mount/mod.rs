@@ -7,7 +7,6 @@
 //! by a descriptor whose mount id was compared with the table's.
 
 mod process;
-mod sys;
 pub mod table;
 mod workers;
 
@@ -29,11 +28,11 @@ use rustix::{
 
 pub use self::{
     process::{Process, ProcessError},
-    sys::make_view,
     workers::{Error as WorkError, Late, Workers},
 };
 use crate::{
     plan::{Dev, LeftOut, Plan, Serving, Step, There, Wish, plan, sweep},
+    sys,
     view::{Base, ViewFile},
 };
 use table::Table;
@@ -68,6 +67,9 @@ pub enum Error {
     Enter { pid: i32, cause: io::Error },
     #[error("the mount table of process {pid} cannot be read: {cause}")]
     Observe { pid: i32, cause: io::Error },
+    /// The lxcfs whose view files were to be put in is no longer mounted. Nothing was changed.
+    #[error("lxcfs was unmounted just now")]
+    SourceGone,
     /// Some steps were not made; the others were.
     #[error("process {pid}: {}", .failed.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     Steps { pid: i32, failed: Vec<StepError>, outcome: Outcome },

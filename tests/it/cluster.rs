@@ -6,10 +6,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use k8s_openapi::api::core::v1::Pod;
 use kube::{
-    Client, Config,
+    Api, Client, Config,
+    api::{Patch, PatchParams, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
 };
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::harness::*;
@@ -168,4 +171,41 @@ fn without_fsync_flag(command: &std::process::Command) -> std::process::Command 
 
 fn at_path(dir: &TempDir, name: &str) -> PathBuf {
     Path::new(dir.path()).join(name)
+}
+
+/// Pods of a node `n1` in the namespace `default`, whose containers the test has made.
+pub(crate) struct Pods {
+    cluster: Cluster,
+    runtime: tokio::runtime::Runtime,
+    api: Api<Pod>,
+}
+
+impl Pods {
+    pub(crate) fn start() -> Pods {
+        let cluster = Cluster::start();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let api = Api::namespaced(runtime.block_on(cluster.client()), "default");
+        Pods { cluster, runtime, api }
+    }
+
+    pub(crate) fn kubeconfig(&self) -> PathBuf {
+        self.cluster.kubeconfig("agent")
+    }
+
+    /// A pod with one container, which runs.
+    pub(crate) fn run(&self, name: &str, id: &str, annotations: Value) {
+        let pod = json!({"metadata": {"name": name, "annotations": annotations},
+            "spec": {"nodeName": "n1", "containers": [{"name": "app", "image": "x"}]}});
+        let status = json!({"status": {"phase": "Running", "containerStatuses": [{"name": "app", "image": "x", "imageID": "",
+            "containerID": format!("containerd://{id}"), "ready": true, "restartCount": 0, "state": {"running": {}}}]}});
+        self.runtime.block_on(async {
+            self.api.create(&PostParams::default(), &serde_json::from_value(pod).unwrap()).await.unwrap();
+            self.api.patch_status(name, &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
+        });
+    }
+
+    pub(crate) fn annotate(&self, name: &str, annotations: Value) {
+        let patch = Patch::Merge(json!({"metadata": {"annotations": annotations}}));
+        self.runtime.block_on(self.api.patch(name, &PatchParams::default(), &patch)).unwrap();
+    }
 }

@@ -116,7 +116,7 @@ impl Drop for Running {
 pub(crate) struct Lxcfs {
     pub(crate) path: PathBuf,
     pub(crate) process: Running,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl Lxcfs {
@@ -125,7 +125,12 @@ impl Lxcfs {
         let path = dir.path().join("lxcfs");
         fs::create_dir(&path).unwrap();
         let process = Lxcfs::serve(&path, dir.path());
-        Lxcfs { path, process, _dir: dir }
+        Lxcfs { path, process, dir }
+    }
+
+    /// Starts it again at the same path.
+    pub(crate) fn again(&mut self) {
+        self.process = Lxcfs::serve(&self.path, self.dir.path());
     }
 
     fn serve(path: &Path, dir: &Path) -> Running {
@@ -147,6 +152,218 @@ impl Drop for Lxcfs {
     fn drop(&mut self) {
         self.process.kill();
         unmount(&self.path);
+    }
+}
+
+/// An lxcfs run by `kube-lxcfs lxcfs`.
+#[derive(Debug)]
+pub(crate) struct Supervised {
+    pub(crate) path: PathBuf,
+    pub(crate) supervisor: Running,
+    pub(crate) dir: TempDir,
+    args: Vec<String>,
+}
+
+impl Supervised {
+    pub(crate) fn start(args: &[&str]) -> Supervised {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lxcfs");
+        let args: Vec<String> = args.iter().map(|s| (*s).to_owned()).collect();
+        let supervisor = Supervised::spawn(&path, dir.path(), &args);
+        let supervised = Supervised { path, supervisor, dir, args };
+        supervised.serves();
+        supervised
+    }
+
+    fn spawn(path: &Path, dir: &Path, args: &[String]) -> Running {
+        let mut command = kube_lxcfs();
+        command.arg("lxcfs").arg("--lxcfs-path").arg(path).args(args);
+        Running::start(&mut command, &dir.join(format!("supervisor-{}.log", std::process::id())))
+    }
+
+    /// Starts it again, after it was ended or killed.
+    pub(crate) fn again(&mut self) {
+        self.supervisor = Supervised::spawn(&self.path, self.dir.path(), &self.args);
+    }
+
+    pub(crate) fn serves(&self) {
+        eventually("lxcfs serves", || {
+            fs::read_to_string(self.path.join("proc/uptime")).map_err(|e| format!("{e}: {}", self.supervisor.log()))
+        });
+    }
+
+    /// The pid of the lxcfs that the supervisor runs now.
+    pub(crate) fn lxcfs(&self) -> i32 {
+        let supervisor = self.supervisor.pid();
+        eventually("lxcfs runs", || {
+            let children =
+                fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children")).unwrap_or_default();
+            children.split_whitespace().next().and_then(|pid| pid.parse().ok()).ok_or_else(|| self.supervisor.log())
+        })
+    }
+
+    pub(crate) fn signal_lxcfs(&self, signal: nix::sys::signal::Signal) {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.lxcfs()), signal);
+    }
+
+    pub(crate) fn path(&self) -> &str {
+        self.path.to_str().unwrap()
+    }
+}
+
+impl Drop for Supervised {
+    fn drop(&mut self) {
+        let lxcfs = |process: &procfs::process::Process| {
+            process.cmdline().is_ok_and(|args| args.iter().any(|arg| Path::new(arg) == self.path))
+        };
+        self.supervisor.kill();
+        for process in procfs::process::all_processes().into_iter().flatten().flatten().filter(lxcfs) {
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.pid), nix::sys::signal::Signal::SIGKILL);
+        }
+        unmount(&self.path);
+    }
+}
+
+/// What a reader inside a container saw.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Seen {
+    pub(crate) own: u64,
+    pub(crate) host: u64,
+    pub(crate) errors: u64,
+    /// In ns since the epoch; 0 for never.
+    pub(crate) last_error: u128,
+    pub(crate) last_host: u128,
+    pub(crate) rounds: u64,
+}
+
+impl Seen {
+    pub(crate) fn and(self, other: Seen) -> Seen {
+        Seen {
+            own: self.own + other.own,
+            host: self.host + other.host,
+            errors: self.errors + other.errors,
+            last_error: self.last_error.max(other.last_error),
+            last_host: self.last_host.max(other.last_host),
+            rounds: self.rounds + other.rounds,
+        }
+    }
+}
+
+/// The memory limit of containers with a reader, in MiB.
+pub(crate) const READER_MIB: u64 = 77;
+
+/// A container that is a bare namespace in a cgroup of its own, named as a runtime names it, with a reader as its first process.
+#[derive(Debug)]
+pub(crate) struct Reader {
+    bare: Bare,
+    pub(crate) id: String,
+    cgroups: Vec<PathBuf>,
+    out: PathBuf,
+    _dir: TempDir,
+}
+
+/// The reader's program, compiled once.
+fn reader_program() -> &'static Path {
+    static PROGRAM: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/reader.rs");
+        let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("reader-{}", std::process::id()));
+        let mut rustc = Command::new(std::env::var("RUSTC").unwrap_or_else(|_| "rustc".into()));
+        rustc.args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-o"]).arg(&program).arg(source);
+        let compiled = rustc.output().unwrap_or_else(|e| panic!("this test needs rustc: {e}"));
+        assert!(compiled.status.success(), "{}", stderr(&compiled));
+        program
+    })
+}
+
+/// The view files that readers read in turn.
+const READ: [&str; 9] = [
+    "/proc/cpuinfo",
+    "/proc/diskstats",
+    "/proc/loadavg",
+    "/proc/meminfo",
+    "/proc/slabinfo",
+    "/proc/stat",
+    "/proc/swaps",
+    "/proc/uptime",
+    "/sys/devices/system/cpu/online",
+];
+
+impl Reader {
+    pub(crate) fn start(pause: Duration) -> Reader {
+        static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+        let id = format!("{:032x}{number:032x}", std::process::id());
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("seen");
+        let own = (READER_MIB << 10).to_string();
+        let pause = pause.as_millis().to_string();
+        let script = format!(
+            "while [ ! -e {0}.go ]; do sleep 0.02; done; exec {1} {0} {own} {pause} {2}",
+            out.display(),
+            reader_program().display(),
+            READ.join(" ")
+        );
+        let args = ["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"];
+        let bare = Bare::running(&args, &["sh", "-c", &script]);
+        let v2 = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
+        let roots: &[&str] = if v2 { &["/sys/fs/cgroup"] } else { &["/sys/fs/cgroup/memory", "/sys/fs/cgroup/pids"] };
+        let limit = if v2 { "memory.max" } else { "memory.limit_in_bytes" };
+        let mut reader = Reader { bare, id, cgroups: Vec::new(), out, _dir: dir };
+        for root in roots {
+            let cgroup = Path::new(root).join(&reader.id);
+            fs::create_dir(&cgroup).unwrap();
+            reader.cgroups.push(cgroup.clone());
+            if cgroup.join(limit).exists() {
+                fs::write(cgroup.join(limit), (READER_MIB << 20).to_string()).unwrap();
+            }
+            fs::write(cgroup.join("cgroup.procs"), reader.bare.pid.to_string()).unwrap();
+        }
+        reader
+    }
+
+    /// Begins to read.
+    pub(crate) fn go(&self) {
+        fs::write(self.out.with_extension("go"), "").unwrap();
+        eventually_true("the reader reads", || self.out.with_extension("started").exists());
+    }
+
+    /// Ends reading.
+    pub(crate) fn stop(&self) -> Seen {
+        fs::write(self.out.with_extension("stop"), "").unwrap();
+        let told = eventually("the reader has ended", || fs::read_to_string(&self.out).map_err(|e| e.to_string()));
+        let number: Vec<u128> = told.split_whitespace().map(|n| n.parse().unwrap()).collect();
+        let [own, host, errors, last_error, last_host, rounds] = number.try_into().unwrap();
+        let small = |n: u128| u64::try_from(n).unwrap();
+        Seen { own: small(own), host: small(host), errors: small(errors), last_error, last_host, rounds: small(rounds) }
+    }
+
+    pub(crate) fn mountinfo(&self) -> String {
+        self.bare.mountinfo()
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        self.bare.pid
+    }
+
+    pub(crate) fn has(&self, pid: &serde_json::Value) -> bool {
+        self.bare.has(pid)
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        // Its processes first, or the cgroup is not empty.
+        self.bare.unshare.kill();
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.bare.pid), nix::sys::signal::Signal::SIGKILL);
+        for cgroup in &self.cgroups {
+            for _ in 0..200 {
+                if fs::remove_dir(cgroup).is_ok() {
+                    break;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
     }
 }
 

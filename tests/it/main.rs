@@ -13,3 +13,4 @@ mod containers;
 mod harness;
 mod isolation;
 mod kubernetes;
+mod restart;

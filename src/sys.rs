@@ -1,10 +1,24 @@
-//! The system calls that no crate wraps. The only file with `unsafe`.
-#![allow(unsafe_code, reason = "mount_setattr(2) has no safe wrapper in nix or rustix")]
+//! What no crate wraps safely. The only file with `unsafe`.
+#![allow(unsafe_code, reason = "mount_setattr(2) has no safe wrapper in nix or rustix, and epoll none in tokio")]
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, RawFd},
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
 };
+
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// Watches a descriptor from within a tokio runtime.
+///
+/// # Errors
+/// Those of epoll_ctl(2).
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub fn watch(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` stays open and names the same open file until it is dropped, which is when the `AsyncFd` is.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
+}
 
 /// `struct mount_attr` of mount_setattr(2).
 #[repr(C)]
@@ -44,7 +58,7 @@ pub fn make_view(mount: impl AsFd, marked: bool) -> io::Result<()> {
 ///
 /// # Errors
 /// `EBADF` where the call is there, `ENOSYS` or `EPERM` where it is not or is forbidden.
-pub(super) fn probe_mount_setattr() -> io::Result<()> {
+pub fn probe_mount_setattr() -> io::Result<()> {
     mount_setattr(-1, &MountAttr { attr_set: MOUNT_ATTR_RDONLY, ..MountAttr::default() })
 }
 

@@ -1,0 +1,202 @@
+//! lxcfs dies, hangs, is restarted and replaced: what readers in containers see, and what is left.
+
+use std::{fs, path::Path, time::Duration};
+
+use nix::sys::signal::Signal;
+
+use crate::{cluster::Pods, harness::*};
+
+const PAUSE: Duration = Duration::from_millis(10);
+
+fn readers(n: usize) -> Vec<Reader> {
+    (0..n).map(|_| Reader::start(PAUSE)).collect()
+}
+
+fn seen(readers: &[Reader]) -> Seen {
+    readers.iter().map(Reader::stop).reduce(Seen::and).unwrap()
+}
+
+fn current(readers: &[Reader]) {
+    for reader in readers {
+        eventually("the view is current", || {
+            let table = reader.mountinfo();
+            let views = views(&table);
+            let mut once = views.clone();
+            once.dedup();
+            if views.len() >= 9 && once == views { Ok(()) } else { Err(format!("{views:?}")) }
+        });
+    }
+}
+
+/// A node whose pods are the readers: an API server, an agent, a supervised lxcfs.
+struct Node {
+    readers: Vec<Reader>,
+    agent: Running,
+    lxcfs: Supervised,
+    pods: Pods,
+    dir: tempfile::TempDir,
+}
+
+impl Node {
+    fn start(n: usize, lxcfs_args: &[&str]) -> Node {
+        let (lxcfs, readers, pods) = (Supervised::start(lxcfs_args), readers(n), Pods::start());
+        for (n, reader) in readers.iter().enumerate() {
+            pods.run(&format!("pod-{n}"), &reader.id, serde_json::json!({"kube-lxcfs.io/inject": "true"}));
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let agent = Node::agent(dir.path(), &pods, &lxcfs);
+        let node = Node { readers, agent, lxcfs, pods, dir };
+        current(&node.readers);
+        node
+    }
+
+    fn agent(dir: &Path, pods: &Pods, lxcfs: &Supervised) -> Running {
+        let args = ["--node-name", "n1", "--lxcfs-path", lxcfs.path(), "--pid-from", "proc"];
+        agent(dir, &args, &[("KUBECONFIG", pods.kubeconfig().to_str().unwrap())])
+    }
+
+    fn read(&self) {
+        self.readers.iter().for_each(Reader::go);
+    }
+}
+
+#[test]
+fn after_a_kill_views_return_by_themselves_and_no_reader_keeps_an_error() {
+    let node = Node::start(8, &[]);
+    node.read();
+    let killed = node.lxcfs.lxcfs();
+    node.lxcfs.signal_lxcfs(Signal::SIGKILL);
+    eventually_true("another lxcfs runs", || node.lxcfs.lxcfs() != killed);
+    node.lxcfs.serves();
+    current(&node.readers);
+    let all_own = || node.readers.iter().all(|r| fs::read_to_string(format!("/proc/{}/mountinfo", r.pid())).is_ok());
+    assert!(all_own());
+    std::thread::sleep(Duration::from_millis(500));
+    let seen = seen(&node.readers);
+    println!("SIGKILL: {seen:?}");
+    assert!(seen.own > 0 && seen.host > 0, "{seen:?}");
+    assert!(node.agent.log().contains("supervised: true"), "{}", node.agent.log());
+}
+
+#[test]
+fn a_supervisor_that_ends_and_starts_again_causes_no_error() {
+    let mut node = Node::start(8, &[]);
+    node.read();
+    node.lxcfs.supervisor.terminate();
+    assert!(node.readers.iter().all(|r| views(&r.mountinfo()).is_empty()), "no view is left");
+    assert!(fs::read_dir(&node.lxcfs.path).unwrap().next().is_none(), "no mount is left");
+    assert!(!node.lxcfs.path.with_file_name(".lxcfs.pid").exists(), "no file is left");
+    std::thread::sleep(Duration::from_millis(300));
+    node.lxcfs.again();
+    node.lxcfs.serves();
+    current(&node.readers);
+    std::thread::sleep(Duration::from_millis(300));
+    let seen = seen(&node.readers);
+    println!("SIGTERM: {seen:?}");
+    assert_eq!(seen.errors, 0, "{seen:?}");
+    assert!(seen.own > 0 && seen.host > 0, "{seen:?}");
+}
+
+#[test]
+fn a_predecessor_that_serves_still_is_replaced_without_a_gap() {
+    // The supervisor alone is killed, as in an upgrade gone wrong: its lxcfs goes on.
+    let mut node = Node::start(8, &[]);
+    node.read();
+    let old = node.lxcfs.lxcfs();
+    node.lxcfs.supervisor.kill();
+    node.lxcfs.again();
+    eventually_true("the predecessor has ended", || !Path::new("/proc").join(old.to_string()).exists());
+    node.lxcfs.serves();
+    current(&node.readers);
+    std::thread::sleep(Duration::from_millis(300));
+    let seen = seen(&node.readers);
+    println!("replacement: {seen:?}");
+    assert_eq!((seen.errors, seen.host), (0, 0), "{seen:?}");
+    assert!(seen.own > 0);
+}
+
+#[test]
+fn a_hung_lxcfs_is_killed_and_meanwhile_the_agent_serves_others() {
+    let node = Node::start(4, &["--watchdog", "1500ms"]);
+    node.read();
+    let hung = node.lxcfs.lxcfs();
+    node.lxcfs.signal_lxcfs(Signal::SIGSTOP);
+    // An opt-out needs no lxcfs and is not kept waiting by it.
+    node.pods.annotate("pod-0", serde_json::json!({"kube-lxcfs.io/inject": "false"}));
+    eventually_true("it is out", || views(&node.readers[0].mountinfo()).is_empty());
+    eventually_true("another lxcfs runs", || node.lxcfs.lxcfs() != hung);
+    node.lxcfs.serves();
+    current(&node.readers[1..]);
+    std::thread::sleep(Duration::from_millis(200));
+    let seen = seen(&node.readers);
+    println!("hung: {seen:?}");
+    assert!(node.lxcfs.supervisor.log().contains("gives no answer for 1.5s and is killed"));
+    assert!(!node.agent.log().contains("panic"), "{}", node.agent.log());
+}
+
+#[test]
+fn an_lxcfs_without_a_supervisor_is_swept_by_the_agent() {
+    let mut lxcfs = Lxcfs::start();
+    let (readers, pods) = (readers(3), Pods::start());
+    for (n, reader) in readers.iter().enumerate() {
+        pods.run(&format!("pod-{n}"), &reader.id, serde_json::json!({"kube-lxcfs.io/inject": "true"}));
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let args = ["--node-name", "n1", "--lxcfs-path", lxcfs.path(), "--pid-from", "proc"];
+    let agent = agent(dir.path(), &args, &[("KUBECONFIG", pods.kubeconfig().to_str().unwrap())]);
+    current(&readers);
+    lxcfs.process.kill();
+    for reader in &readers {
+        eventually_true("it has its own files back", || views(&reader.mountinfo()).is_empty());
+    }
+    unmount(&lxcfs.path);
+    lxcfs.again();
+    current(&readers);
+    assert!(agent.log().contains("containers have their own files back"), "{}", agent.log());
+}
+
+#[test]
+fn a_path_unmounted_or_covered_under_our_feet_is_served_again() {
+    let node = Node::start(2, &["--watchdog", "1s"]);
+    unmount(&node.lxcfs.path);
+    eventually_true("it is mounted again", || node.lxcfs.path.join("proc/uptime").exists());
+    current(&node.readers);
+    nix::mount::mount(Some("none"), &node.lxcfs.path, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>)
+        .unwrap();
+    eventually_true("it is mounted again", || node.lxcfs.path.join("proc/uptime").exists());
+    current(&node.readers);
+}
+
+#[test]
+fn what_came_with_the_pod_is_left_alone_and_kept_current_with_adopt() {
+    let (old, new) = (Lxcfs::start(), Lxcfs::start());
+    let (reader, pods) = (Reader::start(PAUSE), Pods::start());
+    // As a webhook's hostPath volume does it: a bind mount made with the container.
+    let target = format!("/proc/{}/ns/mnt", reader.pid());
+    let bind = format!("mount --bind {}/proc/meminfo /proc/meminfo", old.path());
+    let bound = program("nsenter").args([&format!("--mount={target}"), "sh", "-c", &bind]).output().unwrap();
+    assert!(bound.status.success(), "{}", stderr(&bound));
+    let before = reader.mountinfo();
+    pods.run("webhook", &reader.id, serde_json::json!({}));
+    let dir = tempfile::tempdir().unwrap();
+    let kubeconfig = pods.kubeconfig();
+    let start = |more: &[&str]| {
+        let args = ["--node-name", "n1", "--lxcfs-path", new.path(), "--pid-from", "proc"];
+        agent(dir.path(), &[&args, more].concat(), &[("KUBECONFIG", kubeconfig.to_str().unwrap())])
+    };
+    let mut alone = start(&[]);
+    eventually_true("it has looked", || alone.log().contains("end container"));
+    assert_eq!(reader.mountinfo(), before, "left alone");
+    alone.terminate();
+    let _adopting = start(&["--adopt"]);
+    let dev = |table: &str| {
+        table.lines().find(|l| l.contains(" /proc/meminfo ")).map(|l| l.split(' ').nth(2).unwrap().to_owned())
+    };
+    eventually_true("it is current", || dev(&reader.mountinfo()) != dev(&before));
+    drop(old);
+    assert_eq!(reader.mountinfo().matches(" /proc/meminfo ").count(), 2, "root and mount point of one mount");
+    reader.go();
+    std::thread::sleep(Duration::from_millis(100));
+    let seen = reader.stop();
+    assert!(seen.own > 0 && seen.errors == 0, "{seen:?}");
+}
