@@ -38,6 +38,7 @@ const SWEEPERS: usize = 24;
 const DEADLINE: Duration = Duration::from_secs(5);
 /// So long lxcfs may take to serve after its start, and to end after SIGTERM.
 const PATIENCE: Duration = Duration::from_secs(10);
+const FAREWELL: Duration = Duration::from_millis(500);
 /// Readers that opened a view file just before it was taken out finish within this time.
 const DRAIN: Duration = Duration::from_millis(200);
 /// Restarts wait nothing at first, then this, doubled each time up to the second.
@@ -119,7 +120,7 @@ impl Supervisor {
                 Ok(identity) => {
                     tracing::info!(dev = %identity.dev, took = ?begun.elapsed(), "lxcfs serves");
                     self.make_current(&sweepers, predecessor.take()).await;
-                    let ended = self.serve(&mut child, &askers, pulse, &mut signals).await;
+                    let ended = self.serve(&mut child, identity, &askers, pulse, &mut signals).await;
                     let died = Instant::now();
                     if let Ended::Hung = ended {
                         tracing::error!("lxcfs gives no answer for {:?} and is killed", self.watchdog);
@@ -266,17 +267,20 @@ impl Supervisor {
         }
         if let Some(process) = predecessor {
             tokio::time::sleep(DRAIN).await;
-            let _ = rustix::process::pidfd_send_signal(process.as_fd(), Signal::TERM);
-            let begun = Instant::now();
-            while process.is_alive() && begun.elapsed() < PATIENCE {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
+            // Not SIGTERM: an lxcfs that ends in order unmounts whatever is mounted at its path, which is the new one now.
             let _ = rustix::process::pidfd_send_signal(process.as_fd(), Signal::KILL);
             tracing::info!(pid = process.pid(), "the predecessor has ended");
         }
     }
 
-    async fn serve(&self, child: &mut Child, askers: &Workers, pulse: Duration, signals: &mut Signals) -> Ended {
+    async fn serve(
+        &self,
+        child: &mut Child,
+        was: Identity,
+        askers: &Workers,
+        pulse: Duration,
+        signals: &mut Signals,
+    ) -> Ended {
         let pid = child.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
         let uptime = self.path.join("proc/uptime");
         let hangs = async {
@@ -289,12 +293,11 @@ impl Supervisor {
                 }
             }
         };
-        let was = mounted(&self.path);
         let unmounted = async {
             loop {
                 tokio::time::sleep(pulse).await;
                 // Covered by something else it is no longer served, and a covered lxcfs is of no use to anybody.
-                if mounted(&self.path) != was {
+                if mounted(&self.path) != Some(was) {
                     return;
                 }
             }
@@ -324,7 +327,8 @@ impl Supervisor {
     async fn end(&self, child: &mut Child) {
         if let Some(pid) = child.id().and_then(|pid| Pid::from_raw(pid.cast_signed())) {
             let _ = rustix::process::kill_process(pid, Signal::TERM);
-            if tokio::time::timeout(PATIENCE, child.wait()).await.is_err() {
+            // Nobody has a view of it any more: nothing is lost when it does not hurry.
+            if tokio::time::timeout(FAREWELL, child.wait()).await.is_err() {
                 let _ = child.kill().await;
             }
         }

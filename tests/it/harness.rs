@@ -104,7 +104,7 @@ impl Drop for Running {
         self.kill();
         if std::thread::panicking() {
             let log = self.log();
-            let tail: Vec<&str> = log.lines().rev().take(40).collect();
+            let tail: Vec<&str> = log.lines().filter(|l| !l.contains("lxcfs: ")).rev().take(40).collect();
             eprintln!("--- the log of pid {} ends:", self.pid());
             tail.iter().rev().for_each(|line| eprintln!("{line}"));
         }
