@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// How many namespaces are looked at side by side.
-const AT_ONCE: usize = 64;
+const AT_ONCE: usize = 128;
 
 /// One process of every mount namespace of this node but our own.
 ///
@@ -112,13 +112,13 @@ async fn pass(workers: &Workers, processes: Vec<Arc<Process>>, task: &Task) -> P
     pass
 }
 
-/// Gives every container of the node its own files back where a view file is of an lxcfs that is gone. Asks no lxcfs anything.
+/// Gives every container of the node its own files back where a view file is of these lxcfs. Asks no lxcfs anything.
 ///
 /// # Errors
 /// When `/proc` cannot be listed.
 #[allow(clippy::implicit_hasher, reason = "a handful of device numbers")]
-pub async fn sweep(workers: &Workers, gone: HashSet<Dev>) -> io::Result<Pass> {
-    Ok(pass(workers, namespaces()?, &Task::Sweep(Arc::new(gone))).await)
+pub async fn sweep(workers: &Workers, of: HashSet<Dev>) -> io::Result<Pass> {
+    Ok(pass(workers, namespaces()?, &Task::Sweep(Arc::new(of))).await)
 }
 
 /// The same for every lxcfs that does not answer, one by one asked in a container that has a view of it. `serving` is not asked.

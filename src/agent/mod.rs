@@ -31,7 +31,7 @@ const MOST_AT_ONCE: usize = 32;
 /// How often every container is looked at again, for what no watcher tells, as when a container unmounts its own view.
 const RESYNC: Duration = Duration::from_secs(300);
 /// A supervisor has swept by then.
-const OWNER_SWEEPS: Duration = Duration::from_millis(250);
+const OWNER_SWEEPS: Duration = Duration::from_secs(1);
 /// How long operations that have begun may take to end after SIGTERM.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -52,6 +52,9 @@ enum Told {
     /// By the generation in which it was looked for.
     Lxcfs(u64, Result<Arc<Source>, lxcfs::Error>),
     Changed(lxcfs::Change),
+    /// It is time to look after the sweep of this lxcfs's owner.
+    Sweep(Dev),
+    Swept,
     Finished(ContainerId, Finished),
 }
 
@@ -69,8 +72,16 @@ pub async fn run(agent: Agent, mut updates: mpsc::Receiver<Update>) -> std::io::
     let effects = Effects { workers, runtime, finder, adopt, permits: Arc::new(Semaphore::new(MOST_AT_ONCE)), tell };
     // What an lxcfs left that ended while no agent looked.
     effects.sweep_dead();
-    let mut agent =
-        Loop { effects, events, state, source: None, generation: 0, before: Vec::new(), trouble: Once::default() };
+    let mut agent = Loop {
+        effects,
+        events,
+        state,
+        source: None,
+        generation: 0,
+        before: Vec::new(),
+        sweeps: 1,
+        trouble: Once::default(),
+    };
     let mut resync = tokio::time::interval_at((Instant::now() + RESYNC).into(), RESYNC);
     loop {
         agent.begin_what_is_due();
@@ -113,6 +124,8 @@ struct Loop {
     generation: u64,
     /// Those that served before and that operations may be giving containers views of still; and whether they are gone.
     before: Vec<Before>,
+    /// Sweeps that run now; meanwhile nothing is begun.
+    sweeps: usize,
     trouble: Once,
 }
 
@@ -123,8 +136,14 @@ struct Before {
 }
 
 impl Loop {
+    fn sweep(&mut self, dev: Dev) {
+        self.sweeps += 1;
+        self.effects.sweep(dev);
+    }
+
     fn begin_what_is_due(&mut self) {
-        let Due { start, find_lxcfs } = self.state.due(Instant::now());
+        // A sweep goes by device numbers, and an lxcfs that is new may have the number of one that is gone.
+        let Due { start, find_lxcfs } = if self.sweeps == 0 { self.state.due(Instant::now()) } else { Due::default() };
         if find_lxcfs {
             self.effects.find_lxcfs(self.generation);
         }
@@ -137,9 +156,8 @@ impl Loop {
         }
         self.state.take_events().into_iter().for_each(|event| self.events.tell(event));
         // Views that were put in of an lxcfs after its sweep.
-        for Before { dev, .. } in self.before.extract_if(.., |b| b.held.strong_count() == 0).filter(|b| b.gone) {
-            self.effects.sweep(dev, Duration::ZERO);
-        }
+        let over: Vec<Before> = self.before.extract_if(.., |b| b.held.strong_count() == 0).collect();
+        over.iter().filter(|b| b.gone).for_each(|b| self.sweep(b.dev));
     }
 
     fn told(&mut self, told: Told) {
@@ -153,12 +171,15 @@ impl Loop {
             }
             Told::Lxcfs(_, Err(e)) => {
                 if self.state.lxcfs_missing_first() {
+                    self.sweeps += 1;
                     self.effects.sweep_dead();
                 }
                 self.trouble.warn("views wait for lxcfs", &e);
                 self.state.lxcfs_found(Err(e.to_string()), Instant::now());
             }
             Told::Changed(change) => self.lxcfs_changed(change),
+            Told::Sweep(dev) => self.sweep(dev),
+            Told::Swept => self.sweeps -= 1,
         }
     }
 
@@ -170,12 +191,16 @@ impl Loop {
         }
         let gone = match change {
             Change::Mounted(_) => None,
-            // Its supervisor sweeps; it is looked after that it did.
-            Change::Ended { was, supervised: true } => Some((was, OWNER_SWEEPS)),
-            Change::Ended { was, supervised: false } | Change::Hangs(was) => Some((was, Duration::ZERO)),
+            Change::Ended { was, supervised } => Some((was, supervised)),
+            Change::Hangs(was) => Some((was, false)),
         };
-        if let Some((was, wait)) = gone {
-            self.effects.sweep(was.dev, wait);
+        if let Some((was, supervised)) = gone {
+            if supervised {
+                // Its supervisor sweeps; it is looked after that it did.
+                self.effects.sweep_later(was.dev, OWNER_SWEEPS);
+            } else {
+                self.sweep(was.dev);
+            }
             self.before.iter_mut().filter(|b| b.dev == was.dev).for_each(|b| b.gone = true);
         }
         self.state.lxcfs_changed();
@@ -212,18 +237,33 @@ impl Effects {
     }
 
     /// Gives containers their own files back where a view is of this lxcfs.
-    fn sweep(&self, dev: Dev, wait: Duration) {
-        let workers = self.workers.clone();
+    fn sweep(&self, dev: Dev) {
+        let Effects { workers, finder, tell, .. } = self.clone();
         tokio::spawn(async move {
-            tokio::time::sleep(wait).await;
-            told(node::sweep(&workers, HashSet::from([dev])).await);
+            // The kernel gives a device number to another lxcfs as soon as no mount of the first is left, and not before.
+            if lxcfs::mounted(finder.path()).is_none_or(|now| now.dev != dev) {
+                told(node::sweep(&workers, HashSet::from([dev])).await);
+            }
+            let _ = tell.send(Told::Swept).await;
         });
     }
 
     /// The same for every lxcfs that does not answer.
     fn sweep_dead(&self) {
-        let workers = self.workers.clone();
-        tokio::spawn(async move { told(node::sweep_dead(&workers, None).await) });
+        let Effects { workers, tell, .. } = self.clone();
+        tokio::spawn(async move {
+            told(node::sweep_dead(&workers, None).await);
+            let _ = tell.send(Told::Swept).await;
+        });
+    }
+
+    /// Has a sweep told of later.
+    fn sweep_later(&self, dev: Dev, wait: Duration) {
+        let tell = self.tell.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(wait).await;
+            let _ = tell.send(Told::Sweep(dev)).await;
+        });
     }
 
     fn begin(&self, id: ContainerId, wish: Wish, name: String, source: Option<Arc<Source>>) {

@@ -33,7 +33,9 @@ use crate::{
 /// Options that are given when this lxcfs knows them: load average, CPU limits as CPU counts, and pidfds.
 const OPTIONS: [&str; 3] = ["--enable-loadavg", "--enable-cfs", "--enable-pidfd"];
 /// Waiting for RCU is most of what detaching a mount costs, so many threads sweep at once, whatever the number of CPUs.
-const SWEEPERS: usize = 24;
+const SWEEPERS: usize = 48;
+/// The nice value of the supervisor and of lxcfs (setpriority(2)).
+const NICE: i32 = -10;
 /// A sweep's visit to one namespace may take this long.
 const DEADLINE: Duration = Duration::from_secs(5);
 /// So long lxcfs may take to serve after its start, and to end after SIGTERM.
@@ -105,6 +107,8 @@ impl Supervisor {
             interrupt: listen(SignalKind::interrupt())?,
             hangup: listen(SignalKind::hangup())?,
         };
+        // Every reader of the node waits for these threads, and for lxcfs, which inherits it. Without CAP_SYS_NICE it is as it is.
+        let _ = rustix::process::setpriority_process(None, NICE);
         let sweepers = Workers::start(SWEEPERS, DEADLINE).map_err(Error::Workers)?;
         // It is asked ten times within the watchdog's time; so the unanswered question is that much younger than the hang.
         let pulse = self.watchdog / 10;
@@ -128,8 +132,9 @@ impl Supervisor {
                     }
                     // Nobody can make new views of it from here on; those that are there go on working while it lives.
                     self.unmount(identity.dev);
+                    let lives = matches!(ended, Ended::Told | Ended::Unmounted);
                     sweep(&sweepers, identity.dev).await;
-                    if let Ended::Told | Ended::Unmounted = ended {
+                    if lives {
                         tokio::time::sleep(DRAIN).await;
                     }
                     if let Ended::Told = ended {

@@ -101,7 +101,7 @@ pub enum Task {
     /// Make the view what is wished; without a source nothing is put in. With `adopt` lxcfs files that came with the pod are
     /// made current too.
     Reconcile { wish: Wish, source: Option<Arc<Source>>, adopt: bool },
-    /// Take out the view files of these lxcfs, which are gone.
+    /// Take out the view files of these lxcfs, which are gone or going.
     Sweep(Arc<HashSet<Dev>>),
 }
 
@@ -113,7 +113,7 @@ impl Task {
     fn plan(&self, there: &There) -> Plan {
         match self {
             Task::Reconcile { wish, source, adopt } => plan(*wish, there, source.as_ref().map(|s| s.serving()), *adopt),
-            Task::Sweep(gone) => sweep(there, |dev| gone.contains(&dev)),
+            Task::Sweep(of) => sweep(there, |dev| of.contains(&dev)),
         }
     }
 
@@ -170,15 +170,12 @@ pub fn visit(seat: &Seat, process: &Process, task: &Task) -> Result<Outcome, Err
     let mut outcome = Outcome::default();
     let mut lock = None;
     for again in (0..MOST_PLANS).rev() {
-        let (steps, left_out) = seat.inside(process, |inside| {
-            let planned = task.plan(&inside.there()?);
-            if planned.steps.is_empty() || lock.is_some() {
-                return Ok((planned.steps, planned.left_out));
+        let Plan { steps, left_out } = seat.inside(process, |inside| {
+            // Another kube-lxcfs may be at work here: what it does comes before what we see, or after what we do.
+            if lock.is_none() {
+                lock = inside.lock();
             }
-            // Before anything is changed: another kube-lxcfs may be at work here. What it did meanwhile is looked at.
-            lock = Some(inside.lock());
-            let Plan { steps, left_out } = task.plan(&inside.there()?);
-            Ok((steps, left_out))
+            Ok(task.plan(&inside.there()?))
         })?;
         outcome.left_out = left_out;
         if steps.is_empty() {

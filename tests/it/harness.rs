@@ -175,10 +175,10 @@ impl Supervised {
         supervised
     }
 
-    fn spawn(path: &Path, dir: &Path, args: &[String]) -> Running {
+    pub(crate) fn spawn(path: &Path, dir: &Path, args: &[String]) -> Running {
         let mut command = kube_lxcfs();
         command.arg("lxcfs").arg("--lxcfs-path").arg(path).args(args);
-        Running::start(&mut command, &dir.join(format!("supervisor-{}.log", std::process::id())))
+        Running::start(&mut command, &dir.join("supervisor.log"))
     }
 
     /// Starts it again, after it was ended or killed.
@@ -296,16 +296,11 @@ impl Reader {
         let id = format!("{:032x}{number:032x}", std::process::id());
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("seen");
-        let own = (READER_MIB << 10).to_string();
-        let pause = pause.as_millis().to_string();
-        let script = format!(
-            "while [ ! -e {0}.go ]; do sleep 0.02; done; exec {1} {0} {own} {pause} {2}",
-            out.display(),
-            reader_program().display(),
-            READ.join(" ")
-        );
+        let program = reader_program().to_str().unwrap();
+        let command = reader_command(program, out.to_str().unwrap(), READER_MIB, pause);
+        let command: Vec<&str> = command.iter().map(String::as_str).collect();
         let args = ["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"];
-        let bare = Bare::running(&args, &["sh", "-c", &script]);
+        let bare = Bare::running(&args, &command);
         let v2 = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
         let roots: &[&str] = if v2 { &["/sys/fs/cgroup"] } else { &["/sys/fs/cgroup/memory", "/sys/fs/cgroup/pids"] };
         let limit = if v2 { "memory.max" } else { "memory.limit_in_bytes" };
@@ -324,18 +319,12 @@ impl Reader {
 
     /// Begins to read.
     pub(crate) fn go(&self) {
-        fs::write(self.out.with_extension("go"), "").unwrap();
-        eventually_true("the reader reads", || self.out.with_extension("started").exists());
+        go(&self.out);
     }
 
     /// Ends reading.
     pub(crate) fn stop(&self) -> Seen {
-        fs::write(self.out.with_extension("stop"), "").unwrap();
-        let told = eventually("the reader has ended", || fs::read_to_string(&self.out).map_err(|e| e.to_string()));
-        let number: Vec<u128> = told.split_whitespace().map(|n| n.parse().unwrap()).collect();
-        let [own, host, errors, last_error, last_host, rounds] = number.try_into().unwrap();
-        let small = |n: u128| u64::try_from(n).unwrap();
-        Seen { own: small(own), host: small(host), errors: small(errors), last_error, last_host, rounds: small(rounds) }
+        stop(&self.out)
     }
 
     pub(crate) fn mountinfo(&self) -> String {
@@ -346,9 +335,35 @@ impl Reader {
         self.bare.pid
     }
 
-    pub(crate) fn has(&self, pid: &serde_json::Value) -> bool {
-        self.bare.has(pid)
+    #[allow(dead_code, reason = "for the benchmarks")]
+    pub(crate) fn out(&self) -> &Path {
+        &self.out
     }
+}
+
+/// A reader's command line.
+fn reader_command(program: &str, out: &str, own_mib: u64, pause: Duration) -> Vec<String> {
+    let own = [program.to_owned(), out.to_owned(), (own_mib << 10).to_string(), pause.as_millis().to_string()];
+    own.into_iter().chain(READ.map(str::to_owned)).collect()
+}
+
+/// Lets a reader begin.
+pub(crate) fn go(out: &Path) {
+    for old in [out.to_owned(), out.with_extension("started"), out.with_extension("stop")] {
+        let _ = fs::remove_file(old);
+    }
+    fs::write(out.with_extension("go"), "").unwrap();
+    eventually_true("the reader reads", || out.with_extension("started").exists());
+}
+
+/// Ends a reader and tells what it saw.
+pub(crate) fn stop(out: &Path) -> Seen {
+    fs::write(out.with_extension("stop"), "").unwrap();
+    let told = eventually("the reader has ended", || fs::read_to_string(out).map_err(|e| e.to_string()));
+    let number: Vec<u128> = told.split_whitespace().map(|n| n.parse().unwrap()).collect();
+    let [own, host, errors, last_error, last_host, rounds] = number.try_into().unwrap();
+    let small = |n: u128| u64::try_from(n).unwrap();
+    Seen { own: small(own), host: small(host), errors: small(errors), last_error, last_host, rounds: small(rounds) }
 }
 
 impl Drop for Reader {
@@ -642,13 +657,42 @@ path = "{}"
         pod
     }
 
+    #[allow(dead_code, reason = "for the benchmarks")]
+    /// A pod with a reader in its container; the folder is where it tells what it saw.
+    pub(crate) fn run_reader(&self, name: &str, pause: Duration) -> (String, PathBuf) {
+        let mut pod = self.run(&PodSpec { name, annotations: &[], containers: &[] });
+        let dir = self.dir.path().join(name);
+        fs::create_dir(&dir).unwrap();
+        let mount = |container_path: &str, host: &Path| cri::Mount {
+            container_path: container_path.into(),
+            host_path: host.to_str().unwrap().into(),
+            ..Default::default()
+        };
+        let mounts = vec![mount("/out", &dir), mount("/reader", reader_program())];
+        let command = reader_command("/reader", "/out/seen", MEMORY_MIB, pause);
+        self.start_with(&mut pod, "app", 0, command, mounts);
+        (pod.containers["app"].clone(), dir.join("seen"))
+    }
+
     /// Creates and starts a container; its id replaces that of an earlier attempt.
     pub(crate) fn start_container(&self, pod: &mut RunningPod, name: &str, attempt: u32) {
+        self.start_with(pod, name, attempt, vec!["sleep".into(), "3600".into()], Vec::new());
+    }
+
+    fn start_with(
+        &self,
+        pod: &mut RunningPod,
+        name: &str,
+        attempt: u32,
+        command: Vec<String>,
+        mounts: Vec<cri::Mount>,
+    ) {
         let namespaces = namespaces();
         let config = cri::ContainerConfig {
             metadata: Some(cri::ContainerMetadata { name: name.into(), attempt }),
             image: Some(cri::ImageSpec { image: IMAGE.into(), ..Default::default() }),
-            command: vec!["sleep".into(), "3600".into()],
+            command,
+            mounts,
             linux: Some(cri::LinuxContainerConfig {
                 resources: Some(cri::LinuxContainerResources {
                     memory_limit_in_bytes: i64::try_from(MEMORY_MIB << 20).unwrap(),

@@ -3,7 +3,8 @@
 //!
 //!     reader OUT OWN_KIB PAUSE_MS FILE...
 //!
-//! Until OUT.stop is there; then OUT says `own host errors last_error_ns last_host_ns rounds`, times since the epoch.
+//! Begins when OUT.go is there and ends when OUT.stop is; then OUT says `own host errors last_error_ns last_host_ns rounds`, times
+//! since the epoch. And again.
 
 use std::{fs, io::Read, path::Path, time::{Duration, SystemTime, UNIX_EPOCH}};
 
@@ -21,6 +22,15 @@ fn main() {
     let [_, out, own_kib, pause, files @ ..] = args.as_slice() else { panic!("reader OUT OWN_KIB PAUSE_MS FILE...") };
     let own_total = own_kib.as_bytes();
     let pause = Duration::from_millis(pause.parse().expect("a number of milliseconds"));
+    loop {
+        while fs::remove_file(format!("{out}.go")).is_err() {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        count(out, own_total, pause, files);
+    }
+}
+
+fn count(out: &str, own_total: &[u8], pause: Duration, files: &[String]) {
     let stop = format!("{out}.stop");
     let (mut own, mut host, mut errors, mut last_error, mut last_host, mut rounds) = (0u64, 0u64, 0u64, 0u128, 0u128, 0usize);
     let mut text = Vec::new();

@@ -34,7 +34,7 @@ struct Node {
     agent: Running,
     lxcfs: Supervised,
     pods: Pods,
-    dir: tempfile::TempDir,
+    _dir: tempfile::TempDir,
 }
 
 impl Node {
@@ -45,7 +45,7 @@ impl Node {
         }
         let dir = tempfile::tempdir().unwrap();
         let agent = Node::agent(dir.path(), &pods, &lxcfs);
-        let node = Node { readers, agent, lxcfs, pods, dir };
+        let node = Node { readers, agent, lxcfs, pods, _dir: dir };
         current(&node.readers);
         node
     }
