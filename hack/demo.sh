@@ -69,8 +69,8 @@ total() { pod "$socket" exec "$1" grep MemTotal /proc/meminfo; }
 has_view() { [ "$(total "$1")" != "$(grep MemTotal /proc/meminfo)" ]; }
 has_no_view() { ! has_view "$1"; }
 
-mkdir "$dir/lxcfs"
-in_background lxcfs lxcfs -f -l --enable-cfs -p "$dir/lxcfs.pid" "$dir/lxcfs"
+in_background lxcfs kube-lxcfs lxcfs --lxcfs-path "$dir/lxcfs"
+supervisor=${started[-1]}
 wait_for "lxcfs serves" test -r "$dir/lxcfs/proc/uptime"
 cat >"$dir/config.toml" <<CONFIG
 version = 2
@@ -119,12 +119,35 @@ tell "5. The node's views, and what one is: read-only mounts over the container'
 echo "  \$ kube-lxcfs status"
 kube-lxcfs status --lxcfs-path "$dir/lxcfs" --cri-endpoint "unix://$socket" | sed 's/^/      /'
 
-tell "6. The agent ends, and the view stays: the kernel's mount table is the only state."
+tell "6. lxcfs is killed while a program in the container reads /proc/meminfo all the while."
+# shellcheck disable=SC2016 # for the shell in the container
+reader='own=0 node=0 errors=0
+    end=$(($(date +%s) + 4))
+    while [ "$(date +%s)" -lt $end ]; do
+        if read -r _ total _ 2>/dev/null </proc/meminfo; then
+            if [ "$total" = 131072 ]; then own=$((own + 1)); else node=$((node + 1)); fi
+        else
+            errors=$((errors + 1))
+        fi
+    done
+    echo "$own times its own value, $node times the node'"'"'s, $errors errors"'
+pod "$socket" exec "$opted_in" sh -c "$reader" >"$dir/counts" &
+reading=$!
+sleep 1
+echo "  \$ pkill -9 lxcfs"
+pkill -9 -P "$supervisor" lxcfs
+wait "$reading"
+echo "      it read $(cat "$dir/counts")"
+echo "  Its own /proc came back at once, and lxcfs's answers with the new lxcfs. Nothing was restarted:"
+printf '  $ grep MemTotal /proc/meminfo\n      %s\n' "$(total "$opted_in")"
+grep -v 'lxcfs: ' "$dir/lxcfs.log" | tail -n +2 | sed 's/^/      /'
+
+tell "7. The agent ends, and the view stays: the kernel's mount table is the only state."
 kill "$agent"
 wait "$agent" || true
 printf '  $ grep MemTotal /proc/meminfo\n      %s\n' "$(total "$opted_in")"
 
-tell "7. And back, while the container runs."
+tell "8. And back, while the container runs."
 echo "  \$ kube-lxcfs umount --container ${opted_in:0:12}"
 kube-lxcfs umount --container "$opted_in" --cri-endpoint "unix://$socket" | sed 's/^/      /'
 has_no_view "$opted_in" || fail "the view is still there"

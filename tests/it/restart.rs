@@ -200,3 +200,100 @@ fn what_came_with_the_pod_is_left_alone_and_kept_current_with_adopt() {
     let seen = reader.stop();
     assert!(seen.own > 0 && seen.errors == 0, "{seen:?}");
 }
+
+/// A small random number generator (xorshift): a seed is all that a failure needs to be told with.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % n
+    }
+}
+
+/// What can happen to a node, one after the other at random moments, at least 200 times.
+#[test]
+fn whatever_dies_in_whatever_order_every_wished_view_is_current_in_the_end_and_no_other_is_left() {
+    const ROUNDS: u32 = 200;
+    let seed = std::env::var("KUBE_LXCFS_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(|| {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+        u64::from(now.subsec_nanos()) | 1
+    });
+    println!("KUBE_LXCFS_SEED={seed}");
+    let mut random = Random(seed);
+    let mut node = Node::start(4, &["--watchdog", "600ms"]);
+    let own = || mountinfo(std::process::id().cast_signed());
+    let host = |path: &str| own().lines().filter(|l| l.contains(path)).count();
+    let covered = |node: &Node| own().lines().filter(|l| l.contains(node.lxcfs.path()) && l.contains("tmpfs")).count();
+    let mut wished = [true; 4];
+    for round in 1..=ROUNDS {
+        match random.below(7) {
+            0 | 1 => node.lxcfs.signal_lxcfs(Signal::SIGKILL),
+            2 => node.lxcfs.signal_lxcfs(Signal::SIGSTOP),
+            3 => {
+                node.lxcfs.supervisor.kill();
+                node.lxcfs.again();
+            }
+            4 => {
+                node.agent.kill();
+                node.agent = Node::agent(node._dir.path(), &node.pods, &node.lxcfs);
+            }
+            5 => {
+                let pod = usize::try_from(random.below(4)).unwrap();
+                wished[pod] = !wished[pod];
+                let inject = wished[pod].to_string();
+                node.pods.annotate(&format!("pod-{pod}"), serde_json::json!({"kube-lxcfs.io/inject": inject}));
+            }
+            _ if covered(&node) > 0 || random.below(2) == 0 => unmount(&node.lxcfs.path),
+            _ => {
+                let flags = nix::mount::MsFlags::empty();
+                let _ = nix::mount::mount(Some("none"), &node.lxcfs.path, Some("tmpfs"), flags, None::<&str>);
+            }
+        }
+        std::thread::sleep(Duration::from_millis(random.below(120)));
+        if round % 25 == 0 {
+            settled(&node, &wished, round, seed);
+        }
+    }
+    let readers: Vec<i32> = node.readers.iter().map(Reader::pid).collect();
+    node.lxcfs.supervisor.terminate();
+    for pid in readers {
+        eventually_true("no view is left", || views(&mountinfo(pid)).is_empty());
+    }
+    let path = node.lxcfs.path.clone();
+    unmount(&path);
+    drop(node);
+    assert_eq!(host(path.to_str().unwrap()), 0, "the host's own mount table is as before");
+}
+
+fn settled(node: &Node, wished: &[bool], round: u32, seed: u64) {
+    for (reader, wished) in node.readers.iter().zip(wished) {
+        eventually(&format!("round {round} of seed {seed}"), || {
+            let Some(serves) = fs::read_to_string("/proc/self/mountinfo")
+                .unwrap()
+                .lines()
+                .rev()
+                .find(|l| l.contains(" - fuse.lxcfs ") && l.split(' ').nth(4) == Some(node.lxcfs.path()))
+                .map(|l| l.split(' ').nth(2).unwrap().to_owned())
+            else {
+                return Err("lxcfs is not mounted".into());
+            };
+            let table = reader.mountinfo();
+            let all = views(&table);
+            let mut once = all.clone();
+            once.dedup();
+            let current = table
+                .lines()
+                .filter(|l| l.contains("noexec,noatime - fuse.lxcfs "))
+                .all(|l| l.split(' ').nth(2) == Some(&serves));
+            let right = if *wished { all.len() == 9 } else { all.is_empty() };
+            if right && current && all == once {
+                Ok(())
+            } else {
+                Err(format!("wished {wished}, serves {serves}: {table}"))
+            }
+        });
+    }
+}
