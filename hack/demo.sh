@@ -20,6 +20,10 @@ clean_up() {
     trap '' INT TERM
     local pid
     if [ -S "$socket" ]; then timeout 30 pod "$socket" clear >/dev/null 2>&1 || true; fi
+    # What could not be removed in order is in this demo's cgroup.
+    for pid in $(find /sys/fs/cgroup -path '*/kube-lxcfs-demo/*' -name cgroup.procs -exec cat {} + 2>/dev/null || true); do
+        kill -9 "$pid" 2>/dev/null || true
+    done
     for pid in "${started[@]}"; do kill "$pid" 2>/dev/null || true; done
     for pid in "${started[@]}"; do wait "$pid" 2>/dev/null || true; done
     # Shims outlive containerd where the pods could not be removed in order.
@@ -27,7 +31,12 @@ clean_up() {
     cut -d' ' -f5 /proc/self/mountinfo | grep "^$dir/" | sort -r | while read -r point; do
         umount -l "$point" 2>/dev/null || true
     done || true
-    find /sys/fs/cgroup -depth -type d -path '*/kube-lxcfs-demo*' -exec rmdir {} + 2>/dev/null || true
+    local try
+    for try in 1 2 3 4 5; do
+        find /sys/fs/cgroup -depth -type d -path '*/kube-lxcfs-demo*' -exec rmdir {} \; 2>/dev/null || true
+        if ! ls -d /sys/fs/cgroup/*kube-lxcfs-demo* /sys/fs/cgroup/*/kube-lxcfs-demo* >/dev/null 2>&1; then break; fi
+        sleep "0.$try"
+    done
     rm -rf "$dir"
 }
 trap clean_up EXIT
@@ -37,7 +46,8 @@ trap 'exit 130' INT TERM
 in_background() {
     local log=$dir/$1.log
     shift
-    "$@" >"$log" 2>&1 &
+    # In a session of its own: Ctrl-C is for this script, which ends things in their order.
+    setsid "$@" >"$log" 2>&1 &
     started+=($!)
 }
 

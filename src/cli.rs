@@ -4,10 +4,10 @@ use std::{
     collections::BTreeMap,
     ffi::OsString,
     io::{IsTerminal, Write},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -33,6 +33,8 @@ use crate::{
 
 /// Each visit to a container, and each question to lxcfs, is answered within this time or counts as hung.
 const DEADLINE: Duration = Duration::from_secs(5);
+/// `remount --all` waits so long for an lxcfs that is starting.
+const SOON: Duration = Duration::from_secs(5);
 /// So many updates may wait for the agent's loop.
 const UPDATES: usize = 256;
 /// So many containers are worked on side by side by a command.
@@ -244,8 +246,10 @@ async fn run(Cli { common, command }: Cli) -> Result<ExitCode> {
         }
         Command::Remount { target, output } => {
             let workers = workers(None)?;
+            // As a unit's ExecStartPost= it runs when lxcfs was started, and that may be before it serves.
+            let patience = if target.all { SOON } else { Duration::ZERO };
+            let source = serving_within(patience, &workers, &common.lxcfs_path).await?;
             let processes = targets(&workers, &common, target).await?;
-            let source = lxcfs::find(&workers, &common.lxcfs_path).await?;
             changed(&workers, processes, Wish::REFRESH, Some(source), output.output).await
         }
         Command::Status { output } => status(&common, output.output).await,
@@ -254,6 +258,19 @@ async fn run(Cli { common, command }: Cli) -> Result<ExitCode> {
             print(output.output, &checks, || checks.iter().map(ToString::to_string).collect())?;
             let failed = checks.iter().any(|c| c.verdict == check::Verdict::Fail);
             Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+        }
+    }
+}
+
+/// Finds the serving lxcfs; one that is only just starting is waited for.
+async fn serving_within(patience: Duration, workers: &Workers, path: &Path) -> Result<Arc<Source>, lxcfs::Error> {
+    let begun = Instant::now();
+    loop {
+        match lxcfs::find(workers, path).await {
+            Err(lxcfs::Error::NotMounted(_) | lxcfs::Error::Dead(_)) if begun.elapsed() < patience => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            found => return found,
         }
     }
 }

@@ -34,7 +34,7 @@ struct Node {
     agent: Running,
     lxcfs: Supervised,
     pods: Pods,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Node {
@@ -45,7 +45,7 @@ impl Node {
         }
         let dir = tempfile::tempdir().unwrap();
         let agent = Node::agent(dir.path(), &pods, &lxcfs);
-        let node = Node { readers, agent, lxcfs, pods, _dir: dir };
+        let node = Node { readers, agent, lxcfs, pods, dir };
         current(&node.readers);
         node
     }
@@ -238,7 +238,7 @@ fn whatever_dies_in_whatever_order_every_wished_view_is_current_in_the_end_and_n
             }
             4 => {
                 node.agent.kill();
-                node.agent = Node::agent(node._dir.path(), &node.pods, &node.lxcfs);
+                node.agent = Node::agent(node.dir.path(), &node.pods, &node.lxcfs);
             }
             5 => {
                 let pod = usize::try_from(random.below(4)).unwrap();
