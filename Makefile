@@ -1,9 +1,10 @@
 # The front door. Each target does its own set-up through hack/, on Debian and Ubuntu.
-.PHONY: demo test lint build bench help
+.PHONY: demo test chaos lint build bench help
 
 help:
 	@echo "make demo   see a running container's /proc change, and back"
 	@echo "make test   all tests, against a real lxcfs, containerd, kube-apiserver and this kernel (root)"
+	@echo "make chaos  200 rounds of killing, stopping and covering at random (KUBE_LXCFS_SEED repeats one)"
 	@echo "make lint   rustfmt, clippy, cargo deny, shellcheck"
 	@echo "make build  target/release/kube-lxcfs"
 	@echo "make bench  what the mount driver costs beside the bare system calls (root)"
@@ -17,6 +18,9 @@ demo:
 
 test:
 	hack/test.sh
+
+chaos:
+	hack/test.sh --test it -- --ignored --nocapture
 
 lint:
 	hack/lint.sh

@@ -213,8 +213,10 @@ impl Random {
     }
 }
 
-/// What can happen to a node, one after the other at random moments, at least 200 times.
+/// What can happen to a node, one after the other at random moments, at least 200 times. Run by `make chaos`: it takes minutes,
+/// most of them in the supervisor's backoff.
 #[test]
+#[ignore = "minutes long; make chaos runs it"]
 fn whatever_dies_in_whatever_order_every_wished_view_is_current_in_the_end_and_no_other_is_left() {
     const ROUNDS: u32 = 200;
     let seed = std::env::var("KUBE_LXCFS_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(|| {
