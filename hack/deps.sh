@@ -9,7 +9,7 @@ set -euo pipefail
 packages_of() {
     case $1 in
     build) echo "cc build-essential" "protoc protobuf-compiler" ;;
-    demo) echo "lxcfs lxcfs" "containerd containerd" "runc runc" "ctr containerd" "busybox busybox-static" ;;
+    demo) echo "lxcfs lxcfs" "containerd containerd" "runc runc" "ctr containerd" "busybox busybox-static" "pgrep procps" ;;
     test) echo "etcd etcd-server" "unshare util-linux" "openssl openssl" "kubectl kubernetes-client" ;;
     kubernetes) echo "go golang-go" "dpkg-source dpkg-dev" "rsync rsync" "make make" ;;
     lint) echo "shellcheck shellcheck" ;;
@@ -26,7 +26,6 @@ for set in "$@"; do
         shift 2
     done
 done
-# The include files of protoc come in a package of their own where recommended ones are not installed.
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 have apt-get || fail "missing: ${missing[*]}; this is no Debian or Ubuntu, install them by hand and run it again"

@@ -4,10 +4,10 @@ use std::{
     collections::BTreeMap,
     ffi::OsString,
     io::{IsTerminal, Write},
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::ExitCode,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -248,7 +248,7 @@ async fn run(Cli { common, command }: Cli) -> Result<ExitCode> {
             let workers = workers(None)?;
             // As a unit's ExecStartPost= it runs when lxcfs was started, and that may be before it serves.
             let patience = if target.all { SOON } else { Duration::ZERO };
-            let source = serving_within(patience, &workers, &common.lxcfs_path).await?;
+            let source = lxcfs::find_within(patience, &workers, &common.lxcfs_path).await?;
             let processes = targets(&workers, &common, target).await?;
             changed(&workers, processes, Wish::REFRESH, Some(source), output.output).await
         }
@@ -258,19 +258,6 @@ async fn run(Cli { common, command }: Cli) -> Result<ExitCode> {
             print(output.output, &checks, || checks.iter().map(ToString::to_string).collect())?;
             let failed = checks.iter().any(|c| c.verdict == check::Verdict::Fail);
             Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
-        }
-    }
-}
-
-/// Finds the serving lxcfs; one that is only just starting is waited for.
-async fn serving_within(patience: Duration, workers: &Workers, path: &Path) -> Result<Arc<Source>, lxcfs::Error> {
-    let begun = Instant::now();
-    loop {
-        match lxcfs::find(workers, path).await {
-            Err(lxcfs::Error::NotMounted(_) | lxcfs::Error::Dead(_)) if begun.elapsed() < patience => {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-            }
-            found => return found,
         }
     }
 }

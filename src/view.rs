@@ -178,11 +178,6 @@ impl FileSet {
         self.0.count_ones() as usize
     }
 
-    /// The files in both.
-    pub fn and(self, other: FileSet) -> FileSet {
-        FileSet(self.0 & other.0)
-    }
-
     pub fn iter(self) -> impl Iterator<Item = ViewFile> {
         ViewFile::ALL.into_iter().filter(move |f| self.contains(*f))
     }

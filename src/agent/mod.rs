@@ -70,18 +70,10 @@ pub async fn run(agent: Agent, mut updates: mpsc::Receiver<Update>) -> std::io::
     let finder = Finder::new(&lxcfs_path);
     let watching = tokio::spawn(tell_changes(Watch::new(finder.clone(), workers.clone())?, tell.clone()));
     let effects = Effects { workers, runtime, finder, adopt, permits: Arc::new(Semaphore::new(MOST_AT_ONCE)), tell };
+    let mut agent =
+        Loop { effects, events, state, source: None, generation: 0, before: Vec::new(), trouble: Once::default() };
     // What an lxcfs left that ended while no agent looked.
-    effects.sweep_dead();
-    let mut agent = Loop {
-        effects,
-        events,
-        state,
-        source: None,
-        generation: 0,
-        before: Vec::new(),
-        sweeps: 1,
-        trouble: Once::default(),
-    };
+    agent.sweep_dead();
     let mut resync = tokio::time::interval_at((Instant::now() + RESYNC).into(), RESYNC);
     loop {
         agent.begin_what_is_due();
@@ -124,8 +116,6 @@ struct Loop {
     generation: u64,
     /// Those that served before and that operations may be giving containers views of still; and whether they are gone.
     before: Vec<Before>,
-    /// Sweeps that run now; meanwhile nothing is begun.
-    sweeps: usize,
     trouble: Once,
 }
 
@@ -137,13 +127,17 @@ struct Before {
 
 impl Loop {
     fn sweep(&mut self, dev: Dev) {
-        self.sweeps += 1;
+        self.state.sweeps();
         self.effects.sweep(dev);
     }
 
+    fn sweep_dead(&mut self) {
+        self.state.sweeps();
+        self.effects.sweep_dead();
+    }
+
     fn begin_what_is_due(&mut self) {
-        // A sweep goes by device numbers, and an lxcfs that is new may have the number of one that is gone.
-        let Due { start, find_lxcfs } = if self.sweeps == 0 { self.state.due(Instant::now()) } else { Due::default() };
+        let Due { start, find_lxcfs } = self.state.due(Instant::now());
         if find_lxcfs {
             self.effects.find_lxcfs(self.generation);
         }
@@ -171,15 +165,14 @@ impl Loop {
             }
             Told::Lxcfs(_, Err(e)) => {
                 if self.state.lxcfs_missing_first() {
-                    self.sweeps += 1;
-                    self.effects.sweep_dead();
+                    self.sweep_dead();
                 }
                 self.trouble.warn("views wait for lxcfs", &e);
                 self.state.lxcfs_found(Err(e.to_string()), Instant::now());
             }
             Told::Changed(change) => self.lxcfs_changed(change),
             Told::Sweep(dev) => self.sweep(dev),
-            Told::Swept => self.sweeps -= 1,
+            Told::Swept => self.state.swept(),
         }
     }
 

@@ -66,12 +66,16 @@ enum Lxcfs {
 struct Container {
     pod: String,
     name: String,
+    /// As [`State`]'s.
+    adopt: bool,
     wish: Wish,
     /// The wish that it was last brought to.
     settled: Option<Wish>,
     running: Option<Wish>,
     /// The operation that runs settles nothing: lxcfs changed meanwhile.
     again: bool,
+    /// With adoption: its last operation had no lxcfs, and another is due when there is one.
+    unadopted: bool,
     /// A failed operation waits until then.
     retry: Option<(u32, Instant)>,
     /// The warning that was told last, so that it is not told again at each retry.
@@ -111,6 +115,8 @@ pub struct State {
     labels: HashMap<String, String>,
     containers: HashMap<ContainerId, Container>,
     lxcfs: Lxcfs,
+    /// Sweeps that run now. They go by device numbers, and a new lxcfs may have that of one that is gone: nothing is put in.
+    sweeps: usize,
     /// lxcfs files that came with a pod are kept current too: every container needs lxcfs.
     adopt: bool,
     events: Vec<PodEvent>,
@@ -128,6 +134,7 @@ impl State {
             labels: HashMap::new(),
             containers: HashMap::new(),
             lxcfs: Lxcfs::Unknown,
+            sweeps: 0,
             events: Vec::new(),
         }
     }
@@ -171,26 +178,20 @@ impl State {
     /// What to begin at `now`. Each operation told here is taken to run until [`State::finished`].
     pub fn due(&mut self, now: Instant) -> Due {
         let mut due = Due::default();
-        let serves = self.lxcfs == Lxcfs::Serves;
-        let adopt = self.adopt;
+        let serves = self.lxcfs_usable();
         for (id, c) in &mut self.containers {
-            if c.running.is_some() || c.is_settled(adopt) || c.retry.is_some_and(|(_, at)| at > now) {
-                continue;
-            }
-            // With adoption what is to be taken out waits for nothing, and is looked at again when lxcfs is there.
-            if c.needs_lxcfs() && !serves {
-                due.find_lxcfs = true;
-                continue;
-            }
-            if self.adopt && !serves && self.lxcfs == Lxcfs::Unknown {
-                due.find_lxcfs = true;
-                continue;
-            }
+            due.find_lxcfs |= c.wants_lxcfs() && !serves;
             let Some(pod) = self.pods.get(&c.pod) else { continue };
+            if !c.waits() || c.retry.is_some_and(|(_, at)| at > now) || (c.needs_lxcfs() && !serves) {
+                continue;
+            }
             c.running = Some(c.wish);
+            c.unadopted = c.adopt && !serves;
             let name = format!("{}/{}/{}", pod.pod.namespace, pod.pod.name, c.name);
             due.start.push(Start { id: id.clone(), wish: c.wish, name });
+            due.find_lxcfs |= c.unadopted;
         }
+        due.find_lxcfs &= self.sweeps == 0;
         if due.find_lxcfs {
             match self.lxcfs {
                 Lxcfs::Unknown => self.lxcfs = Lxcfs::Finding { attempt: 0 },
@@ -201,16 +202,32 @@ impl State {
         due
     }
 
-    /// When [`State::due`] has something to say next, if nothing else happens.
+    /// When [`State::due`] has something to say next, if nothing else happens. It has said what it had at `now`.
     pub fn next(&self) -> Option<Instant> {
-        let adopt = self.adopt;
-        let waiting = || self.containers.values().filter(|c| c.running.is_none() && !c.is_settled(adopt));
-        let retries = waiting().filter_map(|c| c.retry.map(|(_, at)| at));
+        let serves = self.lxcfs_usable();
+        let startable = self.containers.values().filter(|c| c.waits() && (serves || !c.needs_lxcfs()));
+        let retries = startable.filter_map(|c| c.retry.map(|(_, at)| at));
         let lxcfs = match self.lxcfs {
-            Lxcfs::Absent { again, .. } if waiting().any(Container::needs_lxcfs) => Some(again),
+            Lxcfs::Absent { again, .. } if self.sweeps == 0 => {
+                self.containers.values().any(Container::wants_lxcfs).then_some(again)
+            }
             _ => None,
         };
         retries.chain(lxcfs).min()
+    }
+
+    /// A sweep begins; see [`State::swept`].
+    pub fn sweeps(&mut self) {
+        self.sweeps += 1;
+    }
+
+    /// A sweep has ended.
+    pub fn swept(&mut self) {
+        self.sweeps -= 1;
+    }
+
+    fn lxcfs_usable(&self) -> bool {
+        self.lxcfs == Lxcfs::Serves && self.sweeps == 0
     }
 
     /// Takes the answer to [`Due::find_lxcfs`].
@@ -218,6 +235,11 @@ impl State {
         let Lxcfs::Finding { attempt } = self.lxcfs else { return };
         let Err(why) = found else {
             self.lxcfs = Lxcfs::Serves;
+            for c in self.containers.values_mut() {
+                if std::mem::take(&mut c.unadopted) {
+                    c.look_again();
+                }
+            }
             return;
         };
         self.lxcfs = Lxcfs::Absent { attempt: attempt + 1, again: now + backoff(LXCFS_RETRY, attempt) };
@@ -225,9 +247,7 @@ impl State {
         if attempt == 0 {
             return;
         }
-        let adopt = self.adopt;
-        for c in self.containers.values_mut().filter(|c| c.running.is_none() && !c.is_settled(adopt) && c.needs_lxcfs())
-        {
+        for c in self.containers.values_mut().filter(|c| c.waits() && c.needs_lxcfs()) {
             if c.told.as_ref() != Some(&why)
                 && let Some(pod) = self.pods.get_mut(&c.pod)
             {
@@ -253,12 +273,8 @@ impl State {
     /// Another lxcfs serves, or none: what is known of it is no longer true, and every view is looked at again.
     pub fn lxcfs_changed(&mut self) {
         self.lxcfs = Lxcfs::Unknown;
-        let adopt = self.adopt;
-        for c in self.containers.values_mut().filter(|c| adopt || c.needs_lxcfs()) {
-            c.settled = None;
-            c.retry = None;
-            // One that is being worked on may be given a view of the lxcfs before: its result is not the end.
-            c.again = c.running.is_some();
+        for c in self.containers.values_mut().filter(|c| c.adopt || c.needs_lxcfs()) {
+            c.look_again();
         }
     }
 
@@ -384,10 +400,12 @@ impl State {
             let known = self.containers.entry(id.clone()).or_insert_with(|| Container {
                 pod: uid.to_owned(),
                 name: container.name.clone(),
+                adopt: self.adopt,
                 wish: *wish,
                 settled: None,
                 running: None,
                 again: false,
+                unadopted: false,
                 retry: None,
                 told: None,
             });
@@ -421,8 +439,23 @@ impl State {
 }
 
 impl Container {
-    fn is_settled(&self, adopt: bool) -> bool {
-        (self.wish == Wish::Keep && !adopt) || self.settled == Some(self.wish)
+    /// Whether an operation is to be begun.
+    fn waits(&self) -> bool {
+        let settled = (self.wish == Wish::Keep && !self.adopt) || self.settled == Some(self.wish);
+        self.running.is_none() && !settled
+    }
+
+    /// Whether the serving lxcfs is to be found for it.
+    fn wants_lxcfs(&self) -> bool {
+        (self.waits() && self.needs_lxcfs()) || self.unadopted
+    }
+
+    /// Whatever it was brought to is to be looked at again. An operation that runs may have begun with what is no longer true,
+    /// so its result is not the end.
+    fn look_again(&mut self) {
+        self.settled = None;
+        self.retry = None;
+        self.again = self.running.is_some();
     }
 
     /// What takes a view out needs no lxcfs.

@@ -1,6 +1,7 @@
 //! The serving lxcfs: which one it is, what it serves, whether it answers, and when that changes. Reads only; every question
 //! to it has a deadline. [`supervisor`] runs one.
 
+mod server;
 pub mod supervisor;
 mod watch;
 
@@ -9,7 +10,7 @@ use std::{
     io::Read,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -81,6 +82,22 @@ pub fn mounted(path: &Path) -> Option<Identity> {
 /// When there is none, or it does not answer within the workers' deadline.
 pub async fn find(workers: &Workers, path: &Path) -> Result<Arc<Source>, Error> {
     Finder::new(path).find(workers).await
+}
+
+/// The same; one that is only just starting is waited for.
+///
+/// # Errors
+/// As [`find`], when it does not serve within `patience`.
+pub async fn find_within(patience: Duration, workers: &Workers, path: &Path) -> Result<Arc<Source>, Error> {
+    let begun = Instant::now();
+    loop {
+        match find(workers, path).await {
+            Err(Error::NotMounted(_) | Error::Dead(_)) if begun.elapsed() < patience => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            found => return found,
+        }
+    }
 }
 
 /// Finds the serving lxcfs again and again. One that hung is not asked a second time while the first question is unanswered,

@@ -23,7 +23,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-use super::{Finder, Identity, mounted, watch::serving_process};
+use super::{Error as FindError, Finder, Identity, mounted, server, watch::Notice};
 use crate::{
     mount::{Process, Workers},
     node,
@@ -69,6 +69,8 @@ pub enum Error {
     Workers(io::Error),
     #[error("signals cannot be listened for: {0}")]
     Signals(io::Error),
+    #[error("the mount table cannot be watched: {0}")]
+    Watch(io::Error),
 }
 
 /// Why serving ended.
@@ -114,7 +116,8 @@ impl Supervisor {
         let pulse = self.watchdog / 10;
         let askers = Workers::start(1, self.watchdog.saturating_sub(pulse)).map_err(Error::Workers)?;
         let options = self.options().await?;
-        let mut predecessor = self.prepare(&sweepers).await?;
+        let mut notice = Notice::new().map_err(Error::Watch)?;
+        let mut predecessors = self.prepare(&sweepers).await?;
         let mut failures = 0;
         loop {
             let begun = Instant::now();
@@ -123,8 +126,8 @@ impl Supervisor {
                 Err(ended) => ended,
                 Ok(identity) => {
                     tracing::info!(dev = %identity.dev, took = ?begun.elapsed(), "lxcfs serves");
-                    self.make_current(&sweepers, predecessor.take()).await;
-                    let ended = self.serve(&mut child, identity, &askers, pulse, &mut signals).await;
+                    self.make_current(&sweepers, &askers, &mut predecessors).await;
+                    let ended = self.serve(&mut child, identity, &askers, pulse, &mut notice, &mut signals).await;
                     let died = Instant::now();
                     if let Ended::Hung = ended {
                         tracing::error!("lxcfs gives no answer for {:?} and is killed", self.watchdog);
@@ -132,9 +135,8 @@ impl Supervisor {
                     }
                     // Nobody can make new views of it from here on; those that are there go on working while it lives.
                     self.unmount(identity.dev);
-                    let lives = matches!(ended, Ended::Told | Ended::Unmounted);
                     sweep(&sweepers, identity.dev).await;
-                    if lives {
+                    if matches!(ended, Ended::Told | Ended::Unmounted) {
                         tokio::time::sleep(DRAIN).await;
                     }
                     if let Ended::Told = ended {
@@ -185,40 +187,35 @@ impl Supervisor {
             Ok(output) => output.map_err(|cause| Error::Bin { bin: self.bin.clone(), cause })?,
             Err(_) => return Err(Error::Bin { bin: self.bin.clone(), cause: io::ErrorKind::TimedOut.into() }),
         };
+        // Its exit status differs from version to version; but one that was killed has not said all it knows.
+        if told.status.code().is_none() {
+            let cause = io::Error::other(format!("--help ended by {}", describe(told.status)));
+            return Err(Error::Bin { bin: self.bin.clone(), cause });
+        }
         let text = String::from_utf8_lossy(&[told.stdout, told.stderr].concat()).into_owned();
         Ok(OPTIONS.into_iter().filter(|option| text.contains(option)).collect())
     }
 
-    /// Cleans up after a predecessor. One that serves still is unmounted here but goes on answering in containers, until the new
-    /// one has taken over; its process is returned.
-    async fn prepare(&self, sweepers: &Workers) -> Result<Option<Process>, Error> {
-        let mut predecessor = None;
-        if let Some(before) = mounted(&self.path) {
-            let process = serving_process(before, &self.path);
-            let answers = Finder::new(&self.path).find(sweepers).await;
-            match (answers, process) {
-                (Ok(_), Some(process)) => {
-                    tracing::info!(pid = process.pid(), "a predecessor serves still and will be replaced");
-                    predecessor = Some(process);
-                }
-                (Ok(_), None) => tracing::info!("a predecessor serves still; its process is not known"),
-                (Err(e), process) => {
-                    tracing::info!("a predecessor left its mount: {e}");
-                    if let Some(process) = process {
-                        let _ = rustix::process::pidfd_send_signal(process.as_fd(), Signal::KILL);
-                    }
-                }
-            }
-            self.unmount_all();
-        } else {
+    /// Cleans up after predecessors. One that answers still is unmounted here but goes on answering in containers, until the new
+    /// one has taken over; such are returned.
+    async fn prepare(&self, sweepers: &Workers) -> Result<Vec<Process>, Error> {
+        let mut predecessors = server::started_at(&self.path);
+        if mounted(&self.path).is_none() {
             std::fs::create_dir_all(&self.path).map_err(|cause| Error::Path { path: self.path.clone(), cause })?;
+        } else if let Err(e) = Finder::new(&self.path).find(sweepers).await {
+            tracing::info!("a predecessor left its mount: {e}");
+            predecessors.drain(..).for_each(|process| kill(&process));
+        }
+        self.unmount_all();
+        for process in &predecessors {
+            tracing::info!(pid = process.pid(), "a predecessor runs still and will be replaced");
         }
         match node::sweep_dead(sweepers, None).await {
             Ok(swept) if swept.files > 0 => tracing::info!(%swept, "dead views of a predecessor are gone"),
             Ok(_) => {}
             Err(e) => tracing::warn!("dead views could not be looked for: {e}"),
         }
-        Ok(predecessor)
+        Ok(predecessors)
     }
 
     fn start(&self, options: &[&str]) -> Result<Child, Error> {
@@ -244,10 +241,12 @@ impl Supervisor {
         let finder = Finder::new(&self.path);
         let serves = async {
             loop {
-                if let Some(identity) = mounted(&self.path)
-                    && finder.find(askers).await.is_ok()
-                {
-                    return Some(identity);
+                if let Some(identity) = mounted(&self.path) {
+                    match finder.find(askers).await {
+                        Ok(_) => return Some(identity),
+                        Err(FindError::Hung { .. }) => return None,
+                        Err(_) => {}
+                    }
                 }
                 if begun.elapsed() > PATIENCE {
                     return None;
@@ -262,18 +261,21 @@ impl Supervisor {
         }
     }
 
-    /// Views of an lxcfs before this one, where that one answers still, are swapped; then that one is ended.
-    async fn make_current(&self, sweepers: &Workers, predecessor: Option<Process>) {
-        let Ok(source) = Finder::new(&self.path).find(sweepers).await else { return };
+    /// Views of an lxcfs before this one, where that one answers still, are swapped; then that one is ended. When this one hangs or
+    /// dies already, that is left to the next.
+    async fn make_current(&self, sweepers: &Workers, askers: &Workers, predecessors: &mut Vec<Process>) {
+        let Ok(source) = Finder::new(&self.path).find(askers).await else { return };
         match node::refresh(sweepers, &source).await {
             Ok(swapped) if swapped.files > 0 => tracing::info!(%swapped, "views are current"),
             Ok(_) => {}
-            Err(e) => tracing::warn!("views of an earlier lxcfs could not be looked for: {e}"),
+            Err(e) => return tracing::warn!("views of an earlier lxcfs could not be looked for: {e}"),
         }
-        if let Some(process) = predecessor {
+        drop(source);
+        if !predecessors.is_empty() {
             tokio::time::sleep(DRAIN).await;
-            // Not SIGTERM: an lxcfs that ends in order unmounts whatever is mounted at its path, which is the new one now.
-            let _ = rustix::process::pidfd_send_signal(process.as_fd(), Signal::KILL);
+        }
+        for process in predecessors.drain(..) {
+            kill(&process);
             tracing::info!(pid = process.pid(), "the predecessor has ended");
         }
     }
@@ -284,6 +286,7 @@ impl Supervisor {
         was: Identity,
         askers: &Workers,
         pulse: Duration,
+        notice: &mut Notice,
         signals: &mut Signals,
     ) -> Ended {
         let pid = child.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
@@ -299,12 +302,9 @@ impl Supervisor {
             }
         };
         let unmounted = async {
-            loop {
-                tokio::time::sleep(pulse).await;
-                // Covered by something else it is no longer served, and a covered lxcfs is of no use to anybody.
-                if mounted(&self.path) != Some(was) {
-                    return;
-                }
+            // Covered by something else it is no longer served, and a covered lxcfs is of no use to anybody.
+            while mounted(&self.path) == Some(was) {
+                notice.changed().await;
             }
         };
         tokio::pin!(hangs, unmounted);
@@ -354,6 +354,12 @@ impl Supervisor {
         let name = self.path.file_name().map_or_else(|| "lxcfs".into(), |name| name.to_string_lossy().into_owned());
         self.path.with_file_name(format!(".{name}.pid"))
     }
+}
+
+/// Not with SIGTERM: an lxcfs that ends in order unmounts whatever is mounted at its path, its successor for one.
+fn kill(process: &Process) {
+    // It may have ended by itself meanwhile.
+    let _ = rustix::process::pidfd_send_signal(process.as_fd(), Signal::KILL);
 }
 
 fn detach(path: &Path) -> rustix::io::Result<()> {

@@ -15,11 +15,8 @@ use tokio::{
     time::{Instant, Interval, MissedTickBehavior},
 };
 
-use super::{Error, Finder, Identity, mounted};
-use crate::{
-    mount::{Process, Workers},
-    sys,
-};
+use super::{Error, Finder, Identity, mounted, server};
+use crate::{mount::Workers, sys};
 
 /// The last resort.
 const PROBE: Duration = Duration::from_secs(30);
@@ -37,13 +34,40 @@ pub enum Change {
     Hangs(Identity),
 }
 
+/// The kernel's notice that our mount table changed.
+#[derive(Debug)]
+pub(super) struct Notice {
+    table: AsyncFd<OwnedFd>,
+    looked: Instant,
+}
+
+impl Notice {
+    /// # Errors
+    /// When the mount table cannot be watched.
+    pub(super) fn new() -> io::Result<Notice> {
+        let table = rustix::fs::open("/proc/self/mountinfo", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let table = sys::watch(table, Interest::PRIORITY | Interest::ERROR)?;
+        Ok(Notice { table, looked: Instant::now() })
+    }
+
+    /// Waits until the table changed since the last call. Cancel safe.
+    pub(super) async fn changed(&mut self) {
+        // A poll of the table is answered with POLLERR and POLLPRI when it changed since the last one (proc(5)).
+        let noticed = self.table.ready(Interest::PRIORITY | Interest::ERROR).await;
+        tokio::time::sleep_until(self.looked + BREATH).await;
+        if let Ok(mut noticed) = noticed {
+            noticed.clear_ready();
+        }
+        self.looked = Instant::now();
+    }
+}
+
 /// Watches one path.
 #[derive(Debug)]
 pub struct Watch {
     finder: Finder,
     workers: Workers,
-    table: AsyncFd<OwnedFd>,
-    looked: Instant,
+    notice: Notice,
     now: Option<Identity>,
     server: Option<Server>,
     probe: Interval,
@@ -63,18 +87,12 @@ impl Watch {
     /// # Errors
     /// When the mount table cannot be watched.
     pub fn new(finder: Finder, workers: Workers) -> io::Result<Watch> {
-        let table = rustix::fs::open("/proc/self/mountinfo", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        let table = sys::watch(table, Interest::PRIORITY | Interest::ERROR)?;
+        let notice = Notice::new()?;
         let mut probe = tokio::time::interval_at(Instant::now() + PROBE, PROBE);
         probe.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let now = mounted(finder.path());
         let server = now.and_then(|now| Server::of(now, finder.path()));
-        Ok(Watch { finder, workers, table, looked: Instant::now(), now, server, probe, probing: None, hangs: false })
-    }
-
-    /// The lxcfs that is mounted now.
-    pub fn now(&self) -> Option<Identity> {
-        self.now
+        Ok(Watch { finder, workers, notice, now, server, probe, probing: None, hangs: false })
     }
 
     /// Waits for the next change. Cancel safe: what is not told now is told by the next call.
@@ -85,12 +103,6 @@ impl Watch {
                     Some(server) => drop(server.ended.readable().await),
                     None => std::future::pending().await,
                 }
-            };
-            let table = async {
-                // A poll of the table is answered with POLLERR and POLLPRI when it changed since the last one (proc(5)).
-                let noticed = self.table.ready(Interest::PRIORITY | Interest::ERROR).await;
-                tokio::time::sleep_until(self.looked + BREATH).await;
-                noticed.map(|mut guard| guard.clear_ready())
             };
             let may_probe = self.now.is_some() && self.probing.is_none();
             let probed = async {
@@ -107,8 +119,7 @@ impl Watch {
                         return Change::Ended { was, supervised };
                     }
                 }
-                _ = table => {
-                    self.looked = Instant::now();
+                () = self.notice.changed() => {
                     let now = mounted(self.finder.path());
                     if now != self.now {
                         self.now = now;
@@ -144,34 +155,11 @@ impl Watch {
 
 impl Server {
     fn of(identity: Identity, path: &Path) -> Option<Server> {
-        let process = serving_process(identity, path)?;
+        let process = server::serving(identity, path)?;
         let parent = procfs::process::Process::new(process.pid()).and_then(|p| p.stat()).ok()?.ppid;
         let parent = procfs::process::Process::new(parent).and_then(|p| p.stat()).map(|stat| stat.comm);
         let pidfd = process.as_fd().try_clone_to_owned().ok()?;
         let ended = sys::watch(pidfd, Interest::READABLE).ok()?;
         Some(Server { ended, supervised: parent.is_ok_and(|comm| comm == "kube-lxcfs") })
     }
-}
-
-/// The process that serves an lxcfs mount: of those that hold /dev/fuse, the one whose connection has the mount's minor number
-/// (told in fdinfo by newer kernels), else of those called lxcfs the one whose arguments name the path, else the only one.
-pub(super) fn serving_process(identity: Identity, path: &Path) -> Option<Process> {
-    let mut candidates: Vec<(i32, Vec<String>)> = Vec::new();
-    for process in procfs::process::all_processes().ok()?.flatten() {
-        let fuse = |fd: &procfs::process::FDInfo| matches!(&fd.target, procfs::process::FDTarget::Path(p) if p.ends_with("dev/fuse"));
-        let Some(fd) = process.fd().into_iter().flatten().flatten().find(fuse) else { continue };
-        let info = std::fs::read_to_string(format!("/proc/{}/fdinfo/{}", process.pid, fd.fd)).unwrap_or_default();
-        match info.lines().find_map(|l| l.strip_prefix("fuse_connection:")) {
-            Some(minor) if minor.trim() == identity.dev.minor.to_string() => {
-                return Process::open(i64::from(process.pid)).ok();
-            }
-            None if process.stat().is_ok_and(|stat| stat.comm.starts_with("lxcfs")) => {
-                candidates.push((process.pid, process.cmdline().unwrap_or_default()));
-            }
-            _ => {}
-        }
-    }
-    let named = candidates.iter().find(|(_, args)| args.iter().any(|arg| Path::new(arg) == path));
-    let only = || if let [only] = candidates.as_slice() { Some(only) } else { None };
-    Process::open(i64::from(named.or_else(only)?.0)).ok()
 }

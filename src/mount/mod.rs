@@ -54,7 +54,7 @@ impl Source {
     }
 }
 
-/// Why a visit came to nothing. Where it says so, nothing was changed.
+/// Why a visit came to nothing.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("process {0} has ended")]
@@ -67,7 +67,7 @@ pub enum Error {
     Enter { pid: i32, cause: io::Error },
     #[error("the mount table of process {pid} cannot be read: {cause}")]
     Observe { pid: i32, cause: io::Error },
-    /// The lxcfs whose view files were to be put in is no longer mounted. Nothing was changed.
+    /// The lxcfs whose view files were to be put in is no longer mounted.
     #[error("lxcfs was unmounted just now")]
     SourceGone,
     /// Some steps were not made; the others were.
@@ -146,16 +146,16 @@ pub async fn observe(workers: &Workers, process: Arc<Process>) -> Result<There, 
     looked.unwrap_or_else(|late| Err(late.error.into()))
 }
 
-/// Whether the lxcfs behind a view file answers: the file is opened and read. One that hangs does not answer.
+/// Whether the lxcfs behind a view file answers: the file is opened. One that hangs does not answer.
 pub async fn answers(workers: &Workers, process: Arc<Process>, file: ViewFile) -> bool {
-    let read = move |inside: &Inside<'_>| {
+    let opens = move |inside: &Inside<'_>| {
         let base = inside.base(file.base()).ok();
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let open = |base| rustix::fs::openat2(base, file.below_base(), flags, Mode::empty(), resolve).ok();
         Ok(base.and_then(open).is_some())
     };
-    matches!(workers.run(move |seat| seat.inside(&process, read)).await, Ok(Ok(true)))
+    matches!(workers.run(move |seat| seat.inside(&process, opens)).await, Ok(Ok(true)))
 }
 
 /// A namespace that another kube-lxcfs works on is waited for this often, this long each time: more than any visit takes.

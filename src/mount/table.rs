@@ -52,11 +52,6 @@ impl<'a> Table<'a> {
         parsed.collect::<Result<_, _>>().map(Table)
     }
 
-    /// The peer groups of all shared mounts.
-    pub fn peer_groups(&self) -> HashSet<u64> {
-        self.0.iter().filter_map(|m| m.shared).collect()
-    }
-
     /// The topmost mount at an absolute path, if one is exactly there and reachable.
     pub fn top(&self, path: &[u8]) -> Option<&Mount<'a>> {
         let root = self.root()?;
@@ -285,7 +280,6 @@ mod tests {
         let table = Table::parse(text.as_bytes()).unwrap();
         assert_eq!(table.there(|group| group == 7).unusable[&Base::Proc], Unusable::SharedWithHost);
         assert!(table.there(|group| [3, 8].contains(&group)).unusable.is_empty());
-        assert_eq!(table.peer_groups(), HashSet::from([7]));
     }
 
     #[test]

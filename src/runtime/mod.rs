@@ -154,11 +154,6 @@ impl Runtime {
         }
         answer
     }
-
-    /// The CRI client, unless pids come from `/proc` alone.
-    pub fn cri(&self) -> Option<&cri::Cri> {
-        self.cri.as_ref()
-    }
 }
 
 /// A sandboxed runtime, by what it calls itself: the runtime type, its handler, or its process on the host.

@@ -198,7 +198,14 @@ impl Supervised {
         eventually("lxcfs runs", || {
             let children =
                 fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children")).unwrap_or_default();
-            children.split_whitespace().next().and_then(|pid| pid.parse().ok()).ok_or_else(|| self.supervisor.log())
+            // At its start it also asks `lxcfs --help`.
+            let serves = |pid: &i32| {
+                fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|args| {
+                    args.split(|b| *b == 0).any(|arg| arg == self.path.as_os_str().as_encoded_bytes())
+                })
+            };
+            let mut pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+            pids.find(serves).ok_or_else(|| self.supervisor.log())
         })
     }
 
@@ -424,8 +431,12 @@ impl Bare {
         String::from_utf8_lossy(&if output.status.success() { output.stdout } else { output.stderr }).into_owned()
     }
 
+    /// Its mount table, but for the mounts of other tests' folders: the namespace has copies of those that were there when it was
+    /// made, and they go when their folders do.
     pub(crate) fn mountinfo(&self) -> String {
-        mountinfo(self.pid)
+        let others = std::env::temp_dir();
+        let kept = |line: &&str| line.split(' ').nth(4).is_none_or(|point| !Path::new(point).starts_with(&others));
+        mountinfo(self.pid).split_inclusive('\n').filter(kept).collect()
     }
 
     /// Whether this is the pid of one of its processes: unshare(1) itself is in the namespace too.
