@@ -180,9 +180,13 @@ impl State {
         let mut due = Due::default();
         let serves = self.lxcfs_usable();
         for (id, c) in &mut self.containers {
-            due.find_lxcfs |= c.wants_lxcfs() && !serves;
+            due.find_lxcfs |= c.unadopted;
             let Some(pod) = self.pods.get(&c.pod) else { continue };
-            if !c.waits() || c.retry.is_some_and(|(_, at)| at > now) || (c.needs_lxcfs() && !serves) {
+            if !c.waits() || c.retry.is_some_and(|(_, at)| at > now) {
+                continue;
+            }
+            if c.needs_lxcfs() && !serves {
+                due.find_lxcfs = true;
                 continue;
             }
             c.running = Some(c.wish);
@@ -191,7 +195,7 @@ impl State {
             due.start.push(Start { id: id.clone(), wish: c.wish, name });
             due.find_lxcfs |= c.unadopted;
         }
-        due.find_lxcfs &= self.sweeps == 0;
+        due.find_lxcfs &= self.sweeps == 0 && !serves;
         if due.find_lxcfs {
             match self.lxcfs {
                 Lxcfs::Unknown => self.lxcfs = Lxcfs::Finding { attempt: 0 },
@@ -204,16 +208,19 @@ impl State {
 
     /// When [`State::due`] has something to say next, if nothing else happens. It has said what it had at `now`.
     pub fn next(&self) -> Option<Instant> {
-        let serves = self.lxcfs_usable();
-        let startable = self.containers.values().filter(|c| c.waits() && (serves || !c.needs_lxcfs()));
-        let retries = startable.filter_map(|c| c.retry.map(|(_, at)| at));
-        let lxcfs = match self.lxcfs {
-            Lxcfs::Absent { again, .. } if self.sweeps == 0 => {
-                self.containers.values().any(Container::wants_lxcfs).then_some(again)
+        let wakes = |c: &Container| {
+            let retry = c.retry.map(|(_, at)| at);
+            match self.lxcfs {
+                _ if c.waits() && !c.needs_lxcfs() && !c.unadopted => retry,
+                _ if !c.waits() && !c.unadopted => None,
+                // Their ends are told.
+                _ if self.sweeps > 0 => None,
+                Lxcfs::Finding { .. } => None,
+                Lxcfs::Absent { again, .. } => retry.max(Some(again)),
+                Lxcfs::Unknown | Lxcfs::Serves => retry,
             }
-            _ => None,
         };
-        retries.chain(lxcfs).min()
+        self.containers.values().filter_map(wakes).min()
     }
 
     /// A sweep begins; see [`State::swept`].
@@ -445,11 +452,6 @@ impl Container {
         self.running.is_none() && !settled
     }
 
-    /// Whether the serving lxcfs is to be found for it.
-    fn wants_lxcfs(&self) -> bool {
-        (self.waits() && self.needs_lxcfs()) || self.unadopted
-    }
-
     /// Whatever it was brought to is to be looked at again. An operation that runs may have begun with what is no longer true,
     /// so its result is not the end.
     fn look_again(&mut self) {
@@ -528,3 +530,6 @@ impl Report {
         events
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -93,9 +93,13 @@ impl Running {
         self.kill();
     }
 
+    /// Kills it, and waits for its end for a while only: one of its threads may wait for an lxcfs that hangs, which no signal ends.
     pub(crate) fn kill(&mut self) {
         let _ = self.child.kill();
-        let _ = self.child.wait();
+        let begun = Instant::now();
+        while self.child.try_wait().is_ok_and(|status| status.is_none()) && begun.elapsed() < Duration::from_secs(5) {
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 }
 
@@ -162,6 +166,8 @@ pub(crate) struct Supervised {
     pub(crate) supervisor: Running,
     pub(crate) dir: TempDir,
     args: Vec<String>,
+    /// Reaped when their lxcfs has ended.
+    former: Vec<Running>,
 }
 
 impl Supervised {
@@ -170,7 +176,7 @@ impl Supervised {
         let path = dir.path().join("lxcfs");
         let args: Vec<String> = args.iter().map(|s| (*s).to_owned()).collect();
         let supervisor = Supervised::spawn(&path, dir.path(), &args);
-        let supervised = Supervised { path, supervisor, dir, args };
+        let supervised = Supervised { path, supervisor, dir, args, former: Vec::new() };
         supervised.serves();
         supervised
     }
@@ -183,7 +189,8 @@ impl Supervised {
 
     /// Starts it again, after it was ended or killed.
     pub(crate) fn again(&mut self) {
-        self.supervisor = Supervised::spawn(&self.path, self.dir.path(), &self.args);
+        let supervisor = Supervised::spawn(&self.path, self.dir.path(), &self.args);
+        self.former.push(std::mem::replace(&mut self.supervisor, supervisor));
     }
 
     pub(crate) fn serves(&self) {
@@ -223,7 +230,7 @@ impl Drop for Supervised {
         let lxcfs = |process: &procfs::process::Process| {
             process.cmdline().is_ok_and(|args| args.iter().any(|arg| Path::new(arg) == self.path))
         };
-        self.supervisor.kill();
+        let _ = self.supervisor.child.kill();
         for process in procfs::process::all_processes().into_iter().flatten().flatten().filter(lxcfs) {
             let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.pid), nix::sys::signal::Signal::SIGKILL);
         }

@@ -235,7 +235,7 @@ fn whatever_dies_in_whatever_order_every_wished_view_is_current_in_the_end_and_n
             0 | 1 => node.lxcfs.signal_lxcfs(Signal::SIGKILL),
             2 => node.lxcfs.signal_lxcfs(Signal::SIGSTOP),
             3 => {
-                node.lxcfs.supervisor.kill();
+                node.lxcfs.supervisor.signal(Signal::SIGKILL);
                 node.lxcfs.again();
             }
             4 => {
