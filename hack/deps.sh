@@ -10,7 +10,7 @@ packages_of() {
     case $1 in
     build) echo "cc build-essential" "protoc protobuf-compiler" ;;
     demo) echo "lxcfs lxcfs" "containerd containerd" "runc runc" "ctr containerd" "busybox busybox-static" "pgrep procps" ;;
-    test) echo "etcd etcd-server" "unshare util-linux" "openssl openssl" "kubectl kubernetes-client" ;;
+    test) echo "etcd etcd-server" "unshare util-linux" "openssl openssl" "kubectl kubernetes-client" "podman podman" "crun crun" ;;
     kubernetes) echo "go golang-go" "dpkg-source dpkg-dev" "rsync rsync" "make make" ;;
     lint) echo "shellcheck shellcheck" ;;
     *) fail "hack/deps.sh: unknown set '$1' (build, demo, test, kubernetes, lint)" ;;

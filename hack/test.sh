@@ -7,6 +7,9 @@ cd "$(dirname "$0")/.."
 need_root "testing (it mounts, and runs containers)"
 hack/deps.sh build demo test
 hack/image.sh >/dev/null
+# Runtimes with NRI, of both generations.
+hack/debian.sh trixie containerd >/dev/null
+hack/debian.sh sid containerd >/dev/null
 KUBEBUILDER_ASSETS=$(hack/kubernetes.sh)
 export KUBEBUILDER_ASSETS
 export RUST_BACKTRACE=${RUST_BACKTRACE:-0}

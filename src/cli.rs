@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     agent::{self, Agent, state::State},
-    check, lxcfs,
+    check, hook, lxcfs,
     mount::{self, Outcome, Process, Source, Task, Workers},
     node,
     plan::{Step, Wish},
@@ -27,6 +27,7 @@ use crate::{
     runtime::{
         ContainerId, PidFrom, Runtime,
         cri::{Cri, CriEndpoint},
+        nri::{self, Nri},
     },
     view::{FileSet, ViewFile},
 };
@@ -87,6 +88,13 @@ enum PodsFrom {
     Cri,
 }
 
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum CriEvents {
+    /// Where the runtime has them, and pids are asked for there.
+    Auto,
+    Off,
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Run the node agent: keeps the views of this node's pods as their annotations wish.
@@ -132,6 +140,19 @@ enum Command {
         #[command(flatten)]
         output: OutputArg,
     },
+    /// Be an OCI runtime hook (createRuntime or prestart), for runtimes without NRI: read the container's state on stdin and put the
+    /// view in if its annotations want one. The container starts whatever happens: the exit status is always 0.
+    Hook {
+        /// Give a view to containers whose annotations say nothing.
+        #[arg(long, env = "KUBE_LXCFS_INJECT_BY_DEFAULT")]
+        inject_by_default: bool,
+        /// Append the log to this file too: runtimes drop what a hook that succeeds writes on stderr.
+        #[arg(long, env = "KUBE_LXCFS_LOG_FILE", value_name = "FILE")]
+        log_file: Option<PathBuf>,
+        /// Do it in this process, which hangs when lxcfs does.
+        #[arg(long, hide = true)]
+        here: bool,
+    },
     /// Tell what this node has and lacks for kube-lxcfs, with the remedy; exit status 1 when something fails.
     Check {
         #[command(flatten)]
@@ -154,6 +175,16 @@ struct AgentArgs {
     /// Who tells of the node's pods.
     #[arg(long, env = "KUBE_LXCFS_PODS_FROM", value_enum, default_value_t = PodsFrom::Kubernetes)]
     pods_from: PodsFrom,
+    /// Whether views are put in before a container's first instruction, by the runtime's NRI.
+    #[arg(long, env = "KUBE_LXCFS_NRI", value_enum, default_value_t = Nri::Auto)]
+    nri: Nri,
+    /// The runtime's NRI socket.
+    #[arg(long, env = "KUBE_LXCFS_NRI_SOCKET", value_name = "PATH", default_value = nri::DEFAULT_SOCKET)]
+    nri_socket: PathBuf,
+    /// Whether the runtime's own events tell of starts. Off for containerd 1.7 with a kubelet that uses evented PLEG: it gives
+    /// each event to one listener only.
+    #[arg(long, env = "KUBE_LXCFS_CRI_EVENTS", value_enum, default_value_t = CriEvents::Auto)]
+    cri_events: CriEvents,
     /// Give a view to pods that say nothing, in namespaces that say nothing.
     #[arg(long, env = "KUBE_LXCFS_INJECT_BY_DEFAULT")]
     inject_by_default: bool,
@@ -194,7 +225,15 @@ struct OneOrAll {
 
 /// Parses the arguments, runs the command, and tells an error in one line. See the contract for the exit status.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        // A hook that fails keeps the container from starting.
+        Err(e) if e.use_stderr() && std::env::args_os().any(|arg| arg == "hook") => {
+            let _ = e.print();
+            return ExitCode::SUCCESS;
+        }
+        Err(e) => e.exit(),
+    };
     log_to_stderr(cli.common.log_format);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let done = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
@@ -253,6 +292,16 @@ async fn run(Cli { common, command }: Cli) -> Result<ExitCode> {
             changed(&workers, processes, Wish::REFRESH, Some(source), output.output).await
         }
         Command::Status { output } => status(&common, output.output).await,
+        Command::Hook { here: false, log_file, .. } => {
+            hook::guarded(log_file.as_deref()).await;
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Hook { here: true, inject_by_default, .. } => {
+            if let Err(e) = run_hook(&common, inject_by_default).await {
+                tracing::warn!("the container starts without a view: {}", format!("{e:#}").replace('\n', " "));
+            }
+            Ok(ExitCode::SUCCESS)
+        }
         Command::Check { output } => {
             let checks = check::all(&common.lxcfs_path, &Cri::new(common.cri_endpoint)).await;
             print(output.output, &checks, || checks.iter().map(ToString::to_string).collect())?;
@@ -286,7 +335,9 @@ async fn run_agent(common: Common, args: AgentArgs) -> Result<ExitCode> {
     let cri = Cri::new(common.cri_endpoint);
     let workers = workers(args.workers)?;
     let (tell, updates) = mpsc::channel(UPDATES);
+    let (waiting, starts) = mpsc::channel(UPDATES);
     let from_kubernetes = args.pods_from == PodsFrom::Kubernetes;
+    let (told, cri_told) = (tell.clone(), tell.clone());
     let events = if from_kubernetes {
         let node =
             args.node_name.ok_or_else(|| anyhow!("the node's name is not known: give --node-name or set NODE_NAME"))?;
@@ -301,11 +352,36 @@ async fn run_agent(common: Common, args: AgentArgs) -> Result<ExitCode> {
         Events::to_log()
     };
     let state = State::new(args.inject_by_default, from_kubernetes, args.adopt);
-    let runtime = Runtime::new(common.pid_from, cri);
+    let runtime = Runtime::new(common.pid_from, cri.clone());
     tracing::info!(version = env!("CARGO_PKG_VERSION"), lxcfs = %common.lxcfs_path.display(), "agent begins");
     let agent = Agent { workers, runtime, lxcfs_path: common.lxcfs_path, events, state, adopt: args.adopt };
-    agent::run(agent, updates).await.context("signals cannot be listened for")?;
+    if args.cri_events == CriEvents::Auto && (common.pid_from != PidFrom::Proc || !from_kubernetes) {
+        tokio::spawn(cri.tell_events(cri_told));
+    }
+    let nri = async {
+        if args.nri == Nri::Off {
+            return std::future::pending().await;
+        }
+        nri::run(&args.nri_socket, args.nri == Nri::Required, nri::Tell { starts: waiting, updates: told }).await
+    };
+    tokio::select! {
+        ended = agent::run(agent, updates, starts) => ended.context("signals cannot be listened for")?,
+        ended = nri => ended?,
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn run_hook(common: &Common, inject_by_default: bool) -> Result<()> {
+    let state = hook::state_on_stdin().context("stdin cannot be read")?;
+    let Some(asked) = hook::asked(&state, inject_by_default)? else { return Ok(()) };
+    let workers = workers(Some(1))?;
+    let (id, outcome) = (asked.id.clone(), hook::place(asked, &common.lxcfs_path, &workers).await?);
+    let files: Vec<&str> = outcome.done.iter().map(|step| step.file().name()).collect();
+    tracing::info!(id, files = files.join(","), "view in place");
+    for (file, why) in outcome.left_out {
+        tracing::warn!(id, "left out {file}: {why}");
+    }
+    Ok(())
 }
 
 async fn process(common: &Common, pid: Option<i64>, container: Option<&str>) -> Result<Arc<Process>> {
@@ -331,7 +407,7 @@ async fn process(common: &Common, pid: Option<i64>, container: Option<&str>) -> 
             }
         },
     };
-    Ok(runtime.process(id).await?)
+    Ok(runtime.process(id, None).await?)
 }
 
 async fn targets(workers: &Workers, common: &Common, target: OneOrAll) -> Result<Vec<Arc<Process>>> {

@@ -5,6 +5,7 @@
 pub mod agent;
 pub mod check;
 pub mod cli;
+pub mod hook;
 pub mod lxcfs;
 pub mod mount;
 pub mod node;

@@ -12,17 +12,17 @@ use std::{
 
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, oneshot},
 };
 
 use crate::{
     lxcfs::{self, Change, Finder, Watch},
     mount::{self, Source, Task, Workers},
     node,
-    plan::{Dev, Wish},
-    pods::Update,
+    plan::Dev,
+    pods::{Trigger, Update},
     report::{Once, events::Events},
-    runtime::{self, ContainerId, Runtime},
+    runtime::{self, ContainerId, Runtime, nri::Waiting},
 };
 use state::{Due, Finished, Start, State};
 
@@ -62,7 +62,11 @@ enum Told {
 ///
 /// # Errors
 /// When the signals or the mount table cannot be listened to.
-pub async fn run(agent: Agent, mut updates: mpsc::Receiver<Update>) -> std::io::Result<()> {
+pub async fn run(
+    agent: Agent,
+    mut updates: mpsc::Receiver<Update>,
+    mut starts: mpsc::Receiver<Waiting>,
+) -> std::io::Result<()> {
     let Agent { workers, runtime, lxcfs_path, events, state, adopt } = agent;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -70,8 +74,16 @@ pub async fn run(agent: Agent, mut updates: mpsc::Receiver<Update>) -> std::io::
     let finder = Finder::new(&lxcfs_path);
     let watching = tokio::spawn(tell_changes(Watch::new(finder.clone(), workers.clone())?, tell.clone()));
     let effects = Effects { workers, runtime, finder, adopt, permits: Arc::new(Semaphore::new(MOST_AT_ONCE)), tell };
-    let mut agent =
-        Loop { effects, events, state, source: None, generation: 0, before: Vec::new(), trouble: Once::default() };
+    let mut agent = Loop {
+        effects,
+        events,
+        state,
+        source: None,
+        generation: 0,
+        before: Vec::new(),
+        waiting: Vec::new(),
+        trouble: Once::default(),
+    };
     // What an lxcfs left that ended while no agent looked.
     agent.sweep_dead();
     let mut resync = tokio::time::interval_at((Instant::now() + RESYNC).into(), RESYNC);
@@ -85,12 +97,18 @@ pub async fn run(agent: Agent, mut updates: mpsc::Receiver<Update>) -> std::io::
             }
         };
         tokio::select! {
-            Some(update) = updates.recv() => agent.state.update(update),
+            biased;
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            // They keep a container from starting.
+            Some(Waiting { started, answer }) = starts.recv() => {
+                agent.waiting.push((started.id.clone(), answer));
+                agent.state.update(Update::Started(started, Trigger::Nri), Instant::now());
+            }
+            Some(update) = updates.recv() => agent.state.update(update, Instant::now()),
             Some(told) = told.recv() => agent.told(told),
             () = wake => {}
             _ = resync.tick() => agent.state.resync(),
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
         }
     }
     watching.abort();
@@ -116,6 +134,8 @@ struct Loop {
     generation: u64,
     /// Those that served before and that operations may be giving containers views of still; and whether they are gone.
     before: Vec<Before>,
+    /// Containers that the runtime does not start until they are answered.
+    waiting: Vec<(ContainerId, oneshot::Sender<()>)>,
     trouble: Once,
 }
 
@@ -141,9 +161,15 @@ impl Loop {
         if find_lxcfs {
             self.effects.find_lxcfs(self.generation);
         }
-        for Start { id, wish, name } in start {
-            tracing::debug!(container = name, %id, ?wish, "begin");
-            self.effects.begin(id, wish, name, self.source.clone());
+        for start in start {
+            tracing::debug!(container = start.name, id = %start.id, wish = ?start.wish, "begin");
+            self.effects.begin(start, self.source.clone());
+        }
+        for (_, answer) in self.waiting.extract_if(.., |(id, _)| !self.state.pending(id)) {
+            let _ = answer.send(());
+        }
+        for (trigger, took) in self.state.take_latencies() {
+            tracing::debug!(?trigger, ?took, "view in place");
         }
         if self.state.running() == 0 && self.source.take().is_some() {
             self.state.lxcfs_released();
@@ -259,12 +285,12 @@ impl Effects {
         });
     }
 
-    fn begin(&self, id: ContainerId, wish: Wish, name: String, source: Option<Arc<Source>>) {
+    fn begin(&self, Start { id, wish, name, pid }: Start, source: Option<Arc<Source>>) {
         let Effects { workers, runtime, adopt, permits, tell, .. } = self.clone();
         tokio::spawn(async move {
             let permit = permits.acquire_owned().await;
             let begun = Instant::now();
-            let (finished, late) = match runtime.process(&id).await {
+            let (finished, late) = match runtime.process(&id, pid).await {
                 Err(e) => (unresolved(e), None),
                 Ok(process) => match mount::run(&workers, process, Task::Reconcile { wish, source, adopt }).await {
                     Ok(visited) => (finished(visited), None),

@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     plan::{LeftOut, Step, Wish},
-    pods::{Pod, Update},
+    pods::{Pod, Started, Trigger, Update},
     policy::{self, Problem},
     report::events::{PodEvent, PodRef, Reason},
     runtime::ContainerId,
@@ -28,6 +28,8 @@ pub struct Start {
     pub wish: Wish,
     /// For the log: `namespace/pod/container`.
     pub name: String,
+    /// The container's first process, where the runtime told it.
+    pub pid: Option<i64>,
 }
 
 /// What to do now.
@@ -80,6 +82,18 @@ struct Container {
     retry: Option<(u32, Instant)>,
     /// The warning that was told last, so that it is not told again at each retry.
     told: Option<String>,
+    pid: Option<i64>,
+    /// Who told of its wish, and when: until the view is in place.
+    since: Option<(Trigger, Instant)>,
+}
+
+/// A container that the runtime told of, and the watch of the pods has not yet.
+#[derive(Debug)]
+struct Early {
+    pod: String,
+    name: String,
+    pid: Option<i64>,
+    since: (Trigger, Instant),
 }
 
 /// What is to be told of a pod when none of its containers is being worked on.
@@ -98,6 +112,8 @@ struct PodState {
     pod: Pod,
     problems: Vec<Problem>,
     report: Report,
+    /// The watch told of it; else it is known from the runtime alone, as it was when its sandbox was made.
+    listed: bool,
 }
 
 /// The agent's state.
@@ -114,12 +130,14 @@ pub struct State {
     pods: HashMap<String, PodState>,
     labels: HashMap<String, String>,
     containers: HashMap<ContainerId, Container>,
+    early: HashMap<ContainerId, Early>,
     lxcfs: Lxcfs,
     /// Sweeps that run now. They go by device numbers, and a new lxcfs may have that of one that is gone: nothing is put in.
     sweeps: usize,
     /// lxcfs files that came with a pod are kept current too: every container needs lxcfs.
     adopt: bool,
     events: Vec<PodEvent>,
+    latencies: Vec<(Trigger, Duration)>,
 }
 
 impl State {
@@ -133,46 +151,95 @@ impl State {
             pods: HashMap::new(),
             labels: HashMap::new(),
             containers: HashMap::new(),
+            early: HashMap::new(),
             lxcfs: Lxcfs::Unknown,
             sweeps: 0,
             events: Vec::new(),
+            latencies: Vec::new(),
         }
     }
 
-    /// Takes what a watcher tells.
-    pub fn update(&mut self, update: Update) {
+    /// Takes what a watcher tells at `now`.
+    pub fn update(&mut self, update: Update, now: Instant) {
         match update {
             Update::Pods(pods) => {
                 self.pods_listed = true;
                 let listed: HashSet<&str> = pods.iter().map(|p| p.uid.as_str()).collect();
-                self.pods.retain(|uid, _| listed.contains(uid.as_str()));
-                self.containers.retain(|_, c| listed.contains(c.pod.as_str()) || c.running.is_some());
+                self.pods.values_mut().for_each(|p| p.listed = listed.contains(p.pod.uid.as_str()));
+                let early = &self.early;
+                let kept = |id: &ContainerId, c: &mut Container| {
+                    listed.contains(c.pod.as_str()) || c.running.is_some() || early.contains_key(id)
+                };
+                self.containers.retain(kept);
                 pods.into_iter().for_each(|pod| self.put(pod));
-                self.decide_all();
+                self.forget();
+                self.decide_all(now);
             }
             Update::Pod(pod) => {
                 let uid = pod.uid.clone();
                 self.put(pod);
-                self.decide(&uid);
+                self.forget();
+                self.decide(&uid, now);
             }
             Update::PodGone(uid) => {
                 self.pods.remove(&uid);
+                self.early.retain(|_, early| early.pod != uid);
                 self.containers.retain(|_, c| c.pod != uid || c.running.is_some());
             }
             Update::Namespaces(namespaces) => {
                 self.namespaces_listed = true;
                 self.labels = namespaces.into_iter().map(|n| (n.name, n.label)).collect();
-                self.decide_all();
+                self.decide_all(now);
             }
             Update::Namespace(namespace) => {
                 self.labels.insert(namespace.name.clone(), namespace.label);
-                self.decide_namespace(&namespace.name);
+                self.decide_namespace(&namespace.name, now);
             }
             Update::NamespaceGone(name) => {
                 self.labels.remove(&name);
-                self.decide_namespace(&name);
+                self.decide_namespace(&name, now);
+            }
+            Update::Started(started, trigger) => self.started(started, trigger, now),
+            Update::Ended(id) => self.ended(&id),
+            Update::Running(running, trigger) => {
+                let known: HashSet<&ContainerId> = running.iter().map(|started| &started.id).collect();
+                let gone: Vec<ContainerId> = self.early.keys().filter(|id| !known.contains(id)).cloned().collect();
+                gone.iter().for_each(|id| self.ended(id));
+                running.into_iter().for_each(|started| self.started(started, trigger, now));
             }
         }
+    }
+
+    fn started(&mut self, Started { pod, name, id, pid }: Started, trigger: Trigger, now: Instant) {
+        if let Some(known) = self.containers.get_mut(&id) {
+            // Another told of it first. If it could not be found then, it can be now.
+            known.pid = pid.or(known.pid);
+            known.retry = None;
+            return;
+        }
+        let uid = pod.uid.clone();
+        self.pods.entry(uid.clone()).or_insert_with(|| PodState {
+            pod,
+            problems: Vec::new(),
+            report: Report::default(),
+            listed: false,
+        });
+        self.early.insert(id, Early { pod: uid.clone(), name, pid, since: (trigger, now) });
+        self.decide(&uid, now);
+    }
+
+    /// What the watch of the pods knows of is its matter.
+    fn ended(&mut self, id: &ContainerId) {
+        if self.early.remove(id).is_some() {
+            self.containers.retain(|known, c| known != id || c.running.is_some());
+            self.forget();
+        }
+    }
+
+    /// Drops pods that nobody knows of any more.
+    fn forget(&mut self) {
+        let early: HashSet<&str> = self.early.values().map(|early| early.pod.as_str()).collect();
+        self.pods.retain(|uid, pod| pod.listed || early.contains(uid.as_str()));
     }
 
     /// What to begin at `now`. Each operation told here is taken to run until [`State::finished`].
@@ -192,7 +259,7 @@ impl State {
             c.running = Some(c.wish);
             c.unadopted = c.adopt && !serves;
             let name = format!("{}/{}/{}", pod.pod.namespace, pod.pod.name, c.name);
-            due.start.push(Start { id: id.clone(), wish: c.wish, name });
+            due.start.push(Start { id: id.clone(), wish: c.wish, name, pid: c.pid });
             due.find_lxcfs |= c.unadopted;
         }
         due.find_lxcfs &= self.sweeps == 0 && !serves;
@@ -221,6 +288,14 @@ impl State {
             }
         };
         self.containers.values().filter_map(wakes).min()
+    }
+
+    /// Whether an operation on the container runs, or will begin as soon as lxcfs was asked: worth waiting for.
+    pub fn pending(&self, id: &ContainerId) -> bool {
+        let lxcfs = !matches!(self.lxcfs, Lxcfs::Absent { .. } | Lxcfs::Finding { attempt: 1.. });
+        let pending =
+            |c: &Container| c.running.is_some() || (c.waits() && c.retry.is_none() && (lxcfs || !c.needs_lxcfs()));
+        self.containers.get(id).is_some_and(pending)
     }
 
     /// A sweep begins; see [`State::swept`].
@@ -280,8 +355,11 @@ impl State {
     /// Another lxcfs serves, or none: what is known of it is no longer true, and every view is looked at again.
     pub fn lxcfs_changed(&mut self) {
         self.lxcfs = Lxcfs::Unknown;
-        for c in self.containers.values_mut().filter(|c| c.adopt || c.needs_lxcfs()) {
-            c.look_again();
+        let has_view = |wish: Option<Wish>| wish.is_some_and(|wish| wish != Wish::Nothing);
+        for c in self.containers.values_mut() {
+            if c.adopt || c.needs_lxcfs() || has_view(c.settled) || has_view(c.running) {
+                c.look_again();
+            }
         }
     }
 
@@ -296,12 +374,18 @@ impl State {
             }
             return;
         };
-        let known = pod.pod.containers.iter().any(|known| known.id.as_ref() == Some(id));
+        let listed = || pod.pod.containers.iter().any(|known| known.id.as_ref() == Some(id));
+        let known = self.early.contains_key(id) || listed();
         let report = &mut pod.report;
         let mut hangs = false;
         match finished {
             Finished::Done { done, left_out } => {
                 report.steps(&c.name, &done);
+                if let Some((trigger, at)) = c.since.take()
+                    && done.iter().any(|step| matches!(step, Step::Inject(_)))
+                {
+                    self.latencies.push((trigger, now.saturating_duration_since(at)));
+                }
                 let nothing = done.is_empty() && matches!(wish, Wish::Files(f) if f.len() <= left_out.len());
                 let left_out: Vec<String> = left_out.iter().map(|(file, why)| format!("{file} ({why})")).collect();
                 if nothing {
@@ -358,68 +442,108 @@ impl State {
         std::mem::take(&mut self.events)
     }
 
+    /// How long each view took since the last call, from who told of it first to its being in place.
+    pub fn take_latencies(&mut self) -> Vec<(Trigger, Duration)> {
+        std::mem::take(&mut self.latencies)
+    }
+
     /// Operations that run now.
     pub fn running(&self) -> usize {
         self.containers.values().filter(|c| c.running.is_some()).count()
     }
 
+    /// Takes a pod as the watch tells it.
     fn put(&mut self, pod: Pod) {
+        for container in &pod.containers {
+            let Some(id) = &container.id else { continue };
+            // A static pod has another uid at the API server than at the runtime.
+            if let Some(known) = self.containers.get_mut(id) {
+                known.pod.clone_from(&pod.uid);
+            }
+            // Those that started before it have ended, though nobody told.
+            if let Some(Early { since: (_, at), .. }) = self.early.remove(id) {
+                let older = |early: &Early| early.pod == pod.uid && early.name == container.name && early.since.1 <= at;
+                self.early.retain(|_, early| !older(early));
+            }
+        }
         match self.pods.get_mut(&pod.uid) {
-            Some(known) => known.pod = pod,
+            Some(known) => (known.pod, known.listed) = (pod, true),
             None => {
-                let state = PodState { problems: Vec::new(), report: Report::default(), pod };
+                let state = PodState { problems: Vec::new(), report: Report::default(), pod, listed: true };
                 self.pods.insert(state.pod.uid.clone(), state);
             }
         }
     }
 
-    fn decide_all(&mut self) {
+    fn decide_all(&mut self, now: Instant) {
         let uids: Vec<String> = self.pods.keys().cloned().collect();
-        uids.iter().for_each(|uid| self.decide(uid));
+        uids.iter().for_each(|uid| self.decide(uid, now));
     }
 
-    fn decide_namespace(&mut self, namespace: &str) {
+    fn decide_namespace(&mut self, namespace: &str, now: Instant) {
         let of = |pod: &PodState| pod.pod.namespace == namespace;
         let uids: Vec<String> = self.pods.iter().filter(|(_, pod)| of(pod)).map(|(uid, _)| uid.clone()).collect();
-        uids.iter().for_each(|uid| self.decide(uid));
+        uids.iter().for_each(|uid| self.decide(uid, now));
     }
 
     /// Brings the wishes of a pod's containers up to date.
-    fn decide(&mut self, uid: &str) {
-        if !(self.pods_listed && self.namespaces_listed) {
+    fn decide(&mut self, uid: &str, now: Instant) {
+        let Some(PodState { pod, problems, listed, .. }) = self.pods.get_mut(uid) else { return };
+        // The runtime knows the annotations that a pod was made with: enough where they decide, before anything is listed.
+        if !self.namespaces_listed && (*listed || pod.annotations.inject.is_none()) {
             return;
         }
-        let Some(PodState { pod, problems, .. }) = self.pods.get_mut(uid) else { return };
-        let names: Vec<&str> = pod.containers.iter().map(|c| c.name.as_str()).collect();
+        let mut containers: Vec<(&str, Option<&ContainerId>)> =
+            pod.containers.iter().map(|c| (c.name.as_str(), c.id.as_ref())).collect();
+        let early = self.early.iter().filter(|(_, early)| early.pod == uid);
+        containers.extend(early.map(|(id, early)| (early.name.as_str(), Some(id))));
+        let mut names: Vec<&str> = containers.iter().map(|(name, _)| *name).collect();
+        if !*listed {
+            // The runtime does not tell which containers a pod has; so whatever is named is taken to be one.
+            names.extend(pod.annotations.containers.iter().flat_map(|all| all.split(',')).map(str::trim));
+        }
+        names.sort_unstable();
+        names.dedup();
         let label = self.labels.get(&pod.namespace).map(String::as_str);
         let wishes = policy::wishes(&pod.annotations, label, self.inject_by_default, &names);
-        if *problems != wishes.problems {
+        if *listed && *problems != wishes.problems {
             if !wishes.problems.is_empty() {
                 let note = wishes.problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
                 self.events.push(PodEvent { pod: reference(pod), reason: Reason::LxcfsInvalidAnnotation, note });
             }
             *problems = wishes.problems;
         }
-        let running: HashSet<&ContainerId> = pod.containers.iter().filter_map(|c| c.id.as_ref()).collect();
+        let running: HashSet<&ContainerId> = containers.iter().filter_map(|(_, id)| *id).collect();
         self.containers.retain(|id, c| c.pod != uid || running.contains(id) || c.running.is_some());
-        for container in &pod.containers {
-            let (Some(id), Some(wish)) = (&container.id, wishes.by_container.get(&container.name)) else { continue };
+        for (name, id) in containers {
+            let (Some(id), Some(wish)) = (id, wishes.by_container.get(name)) else { continue };
+            let wish = match *wish {
+                wish if *listed => wish,
+                // The annotations may have been changed since: nothing is taken out by old ones.
+                Wish::Files(files) => Wish::Add(files),
+                _ => Wish::Keep,
+            };
+            let early = self.early.get(id);
+            let since = early.map_or((Trigger::Watch, now), |early| early.since);
             let known = self.containers.entry(id.clone()).or_insert_with(|| Container {
                 pod: uid.to_owned(),
-                name: container.name.clone(),
+                name: name.to_owned(),
                 adopt: self.adopt,
-                wish: *wish,
+                wish,
                 settled: None,
                 running: None,
                 again: false,
                 unadopted: false,
                 retry: None,
                 told: None,
+                pid: early.and_then(|early| early.pid),
+                since: Some(since),
             });
-            if known.wish != *wish {
-                known.wish = *wish;
+            if known.wish != wish {
+                known.wish = wish;
                 known.retry = None;
                 known.told = None;
+                known.since = Some((Trigger::Watch, now));
             }
         }
     }

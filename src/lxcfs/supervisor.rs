@@ -41,10 +41,12 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// So long lxcfs may take to serve after its start, and to end after SIGTERM.
 const PATIENCE: Duration = Duration::from_secs(10);
 const FAREWELL: Duration = Duration::from_millis(500);
+/// So often lxcfs is asked for its options when somebody kills it over that.
+const HELP_TRIES: u32 = 3;
 /// Readers that opened a view file just before it was taken out finish within this time.
 const DRAIN: Duration = Duration::from_millis(200);
 /// Restarts wait nothing at first, then this, doubled each time up to the second.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// An lxcfs that served so long was healthy.
 const HEALTHY: Duration = Duration::from_secs(60);
 
@@ -181,17 +183,23 @@ impl Supervisor {
 
     /// Those of our options that this lxcfs knows, by its own help: versions differ.
     async fn options(&self) -> Result<Vec<&'static str>, Error> {
-        let mut help = Command::new(&self.bin);
-        help.arg("--help").stdin(Stdio::null()).kill_on_drop(true);
-        let told = match tokio::time::timeout(PATIENCE, help.output()).await {
-            Ok(output) => output.map_err(|cause| Error::Bin { bin: self.bin.clone(), cause })?,
-            Err(_) => return Err(Error::Bin { bin: self.bin.clone(), cause: io::ErrorKind::TimedOut.into() }),
+        let failed = |cause| Error::Bin { bin: self.bin.clone(), cause };
+        let mut tries = 0;
+        let told = loop {
+            let mut help = Command::new(&self.bin);
+            help.arg("--help").stdin(Stdio::null()).kill_on_drop(true);
+            let told = match tokio::time::timeout(PATIENCE, help.output()).await {
+                Ok(told) => told.map_err(failed)?,
+                Err(_) => return Err(failed(io::ErrorKind::TimedOut.into())),
+            };
+            tries += 1;
+            // Its exit status differs from version to version; but one that was killed has not said all it knows.
+            match told.status.code() {
+                Some(_) => break told,
+                None if tries < HELP_TRIES => {}
+                None => return Err(failed(io::Error::other(format!("--help ended by {}", describe(told.status))))),
+            }
         };
-        // Its exit status differs from version to version; but one that was killed has not said all it knows.
-        if told.status.code().is_none() {
-            let cause = io::Error::other(format!("--help ended by {}", describe(told.status)));
-            return Err(Error::Bin { bin: self.bin.clone(), cause });
-        }
         let text = String::from_utf8_lossy(&[told.stdout, told.stderr].concat()).into_owned();
         Ok(OPTIONS.into_iter().filter(|option| text.contains(option)).collect())
     }
@@ -407,6 +415,6 @@ mod tests {
     #[test]
     fn restarts_wait_nothing_at_first_and_ever_longer_then() {
         let waits: Vec<u128> = (0..12).map(|n| backoff(n).as_millis()).collect();
-        assert_eq!(waits, [0, 0, 100, 200, 400, 800, 1600, 3200, 6400, 10_000, 10_000, 10_000]);
+        assert_eq!(waits, [0, 0, 100, 200, 400, 800, 1600, 3200, 5000, 5000, 5000, 5000]);
     }
 }

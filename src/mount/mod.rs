@@ -286,7 +286,7 @@ impl Seat {
         }
         // Whatever is named by a relative path from here on is one of this thread's descriptors.
         rustix::process::fchdir(&self.fds).map_err(|e| Error::Enter { pid, cause: e.into() })?;
-        let done = work(&Inside { seat: self, pid, bases: Default::default() });
+        let done = work(&Inside { seat: self, process, pid, bases: Default::default() });
         drop(home);
         done
     }
@@ -347,6 +347,7 @@ impl From<rustix::io::Errno> for Refusal {
 /// The thread while it is in a container's mount namespace.
 struct Inside<'a> {
     seat: &'a Seat,
+    process: &'a Process,
     pid: i32,
     /// `/proc` and `/sys`, opened and checked when first needed.
     bases: [OnceCell<OwnedFd>; 2],
@@ -357,7 +358,7 @@ impl Inside<'_> {
         let observe = |cause| Error::Observe { pid: self.pid, cause };
         let text = self.seat.read("thread-self/mountinfo").map_err(observe)?;
         let table = Table::parse(&text).map_err(|e| observe(io::Error::other(e)))?;
-        Ok(table.there(|group| self.seat.shares(group)))
+        Ok(table.there(self.process.root().as_os_str().as_encoded_bytes(), |group| self.seat.shares(group)))
     }
 
     fn make(&self, step: Step, clone: Option<io::Result<OwnedFd>>) -> Result<(), (&'static str, Refusal)> {
@@ -434,7 +435,9 @@ impl Inside<'_> {
         if let Some(dir) = cell.get() {
             return Ok(dir);
         }
-        let root = rustix::fs::open("/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root = rustix::fs::openat2(rustix::fs::CWD, self.process.root(), directory, Mode::empty(), resolve)?;
         let dir = open(&root, base.path(), ResolveFlags::empty())?;
         let expected = match base {
             Base::Proc => nix::sys::statfs::PROC_SUPER_MAGIC,

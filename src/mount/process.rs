@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
 };
 
 use rustix::{
@@ -15,6 +16,7 @@ use rustix::{
 pub struct Process {
     pid: Pid,
     pidfd: OwnedFd,
+    root: PathBuf,
 }
 
 /// Why a process cannot be had.
@@ -47,7 +49,7 @@ impl Process {
             rustix::io::Errno::INVAL | rustix::io::Errno::NOENT => ProcessError::NoPid(pid),
             e => ProcessError::Open(pid, e.into()),
         })?;
-        let process = Process { pid: checked, pidfd };
+        let process = Process { pid: checked, pidfd, root: PathBuf::from("/") };
         let flags = procfs::process::Process::new(raw).and_then(|p| p.stat()).map(|stat| stat.flags);
         match flags {
             Ok(flags) if flags & PF_KTHREAD != 0 => Err(ProcessError::KernelThread(pid)),
@@ -55,6 +57,17 @@ impl Process {
             Err(_) if !process.is_alive() => Err(ProcessError::Vanished(pid)),
             Err(e) => Err(ProcessError::Open(pid, io::Error::other(e))),
         }
+    }
+
+    /// For a container that has not yet changed its root (pivot_root(2)), as when a runtime runs its hooks: `root` is where its
+    /// root file system is in its mount namespace, without links.
+    pub fn with_root(self, root: PathBuf) -> Process {
+        Process { root, ..self }
+    }
+
+    /// The container's root in its mount namespace: `/`, unless it was told otherwise.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     pub fn pid(&self) -> i32 {

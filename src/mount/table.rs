@@ -63,16 +63,18 @@ impl<'a> Table<'a> {
         Some(self.stack(lowest?).last().copied().unwrap_or(lowest?))
     }
 
-    /// What is on the view files' paths. `of_host` tells whether a peer group has a member in the host's mount namespace; it
-    /// is asked only where `/proc` or `/sys` is shared, which no runtime does unless told to.
-    pub fn there(&self, of_host: impl Fn(u64) -> bool) -> There {
+    /// What is on the view files' paths below `root`, which is `/` but for a container that has not yet changed its root. `of_host`
+    /// tells whether a peer group has a member in the host's mount namespace; it is asked only where `/proc` or `/sys` is
+    /// shared, which no runtime does unless told to.
+    pub fn there(&self, root: &[u8], of_host: impl Fn(u64) -> bool) -> There {
         let mut there = There::default();
-        let Some(root) = self.root() else {
+        let prefix = root.strip_suffix(b"/").unwrap_or(root);
+        let Some(root) = self.holder(root) else {
             there.unusable = Base::ALL.into_iter().map(|base| (base, Unusable::Missing)).collect();
             return there;
         };
         for base in Base::ALL {
-            let point = [b"/", base.path().as_bytes()].concat();
+            let point = [prefix, b"/", base.path().as_bytes()].concat();
             let Some(top) = self.child(root, &point).map(|m| self.stack(m).last().copied().unwrap_or(m)) else {
                 there.unusable.insert(base, Unusable::Missing);
                 continue;
@@ -86,7 +88,7 @@ impl<'a> Table<'a> {
                 there.unusable.insert(base, Unusable::SharedWithHost);
             }
             for file in ViewFile::ALL.into_iter().filter(|f| f.base() == base) {
-                let point = [b"/", file.path().as_bytes()].concat();
+                let point = [prefix, b"/", file.path().as_bytes()].concat();
                 if let Some(lowest) = self.child(top, &point) {
                     let mut layers = vec![layer(lowest, file)];
                     layers.extend(self.stack(lowest).iter().map(|m| layer(m, file)));
@@ -95,6 +97,17 @@ impl<'a> Table<'a> {
             }
         }
         there
+    }
+
+    /// The topmost mount that `path` is on.
+    fn holder(&self, path: &[u8]) -> Option<&Mount<'a>> {
+        let mut at = path;
+        loop {
+            if let Some(mount) = self.top(if at.is_empty() { b"/" } else { at }) {
+                return Some(mount);
+            }
+            at = &at[..at.iter().rposition(|b| *b == b'/')?];
+        }
     }
 
     /// The topmost mount at `/`.
@@ -238,7 +251,7 @@ mod tests {
     const LXCFS: Dev = Dev { major: 0, minor: 40 };
 
     fn there(text: &str) -> There {
-        Table::parse(text.as_bytes()).unwrap().there(|_| false)
+        Table::parse(text.as_bytes()).unwrap().there(b"/", |_| false)
     }
 
     #[test]
@@ -278,8 +291,8 @@ mod tests {
     fn a_proc_that_shares_with_the_host_is_unusable() {
         let text = CONTAINER.replace("relatime - proc", "relatime shared:7 master:3 - proc");
         let table = Table::parse(text.as_bytes()).unwrap();
-        assert_eq!(table.there(|group| group == 7).unusable[&Base::Proc], Unusable::SharedWithHost);
-        assert!(table.there(|group| [3, 8].contains(&group)).unusable.is_empty());
+        assert_eq!(table.there(b"/", |group| group == 7).unusable[&Base::Proc], Unusable::SharedWithHost);
+        assert!(table.there(b"/", |group| [3, 8].contains(&group)).unusable.is_empty());
     }
 
     #[test]
@@ -348,11 +361,11 @@ mod tests {
             text in proptest::collection::vec(any::<u8>(), 0..200),
             tree in proptest::collection::vec((0u64..6, 0u64..6, 0usize..5), 0..8),
         ) {
-            let _ = Table::parse(&text).map(|t| (t.there(|_| false), t.top(b"/proc").is_some()));
+            let _ = Table::parse(&text).map(|t| (t.there(b"/", |_| false), t.top(b"/proc").is_some()));
             let points = ["/", "/proc", "/sys", "/proc/meminfo", "/sys/devices/system/cpu"];
             let lines: String = tree.iter().map(|(id, parent, p)| format!("{id} {parent} 0:1 / {} rw - proc s o\n", points[*p])).collect();
             let table = Table::parse(lines.as_bytes()).unwrap();
-            let _ = (table.there(|_| false), table.top(b"/proc").is_some());
+            let _ = (table.there(b"/", |_| false), table.top(b"/proc").is_some());
         }
     }
 }

@@ -1,5 +1,6 @@
 //! Who is on this node and what it says of itself. Two watchers, one for the API server and one for the runtime's pod
-//! sandboxes; both send [`Update`]s. Knows nothing of views or mounts.
+//! sandboxes; both send [`Update`]s, and so does the runtime itself where it tells of starts at once (NRI, CRI events).
+//! Knows nothing of views or mounts.
 
 pub mod cri;
 pub mod kubernetes;
@@ -32,6 +33,28 @@ pub struct Namespace {
     pub label: String,
 }
 
+/// Who told first that a view is wished.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Trigger {
+    /// The runtime, which waits with the container's first instruction.
+    Nri,
+    /// The runtime, after the start.
+    Cri,
+    /// The watch of the pods.
+    Watch,
+}
+
+/// A container that the runtime starts or runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Started {
+    /// As the runtime knows it, from its sandbox: with the annotations that it was made with. Its containers are not told.
+    pub pod: Pod,
+    pub name: String,
+    pub id: ContainerId,
+    /// Its first process, where the runtime tells.
+    pub pid: Option<i64>,
+}
+
 /// What a watcher tells.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Update {
@@ -47,4 +70,10 @@ pub enum Update {
     Namespace(Namespace),
     /// The namespace of this name has no label any more, or is gone.
     NamespaceGone(String),
+    /// The runtime starts this container, or has just done so.
+    Started(Started, Trigger),
+    /// The runtime has ended or removed this container.
+    Ended(ContainerId),
+    /// These are all the containers that the runtime knows to be created or running.
+    Running(Vec<Started>, Trigger),
 }

@@ -6,23 +6,26 @@ use std::{
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use hyper_util::rt::TokioIo;
 use k8s_cri::v1::{
-    ContainerFilter, ContainerState, ContainerStateValue, ContainerStatusRequest, ListContainersRequest,
-    ListPodSandboxRequest, PodSandboxFilter, PodSandboxState, PodSandboxStateValue, VersionRequest,
-    runtime_service_client::RuntimeServiceClient,
+    ContainerEventResponse, ContainerEventType, ContainerFilter, ContainerState, ContainerStateValue,
+    ContainerStatusRequest, GetEventsRequest, ListContainersRequest, ListPodSandboxRequest, PodSandboxFilter,
+    PodSandboxState, PodSandboxStateValue, VersionRequest, runtime_service_client::RuntimeServiceClient,
 };
-use tokio::{net::UnixStream, sync::Mutex};
+use tokio::{
+    net::UnixStream,
+    sync::{Mutex, mpsc},
+};
 use tonic::{
     Code, Request, Status,
     transport::{Channel, Endpoint, Uri},
 };
 
 use super::{ContainerId, Error as RuntimeError, sandboxed};
-use crate::pods;
+use crate::pods::{self, Started, Trigger, Update};
 
 /// Where runtimes listen, in the order they are tried: containerd (its own, k3s's), CRI-O, cri-dockerd, iSulad.
 const DEFAULT_ENDPOINTS: [&str; 5] = [
@@ -35,6 +38,9 @@ const DEFAULT_ENDPOINTS: [&str; 5] = [
 
 /// Each call is answered within this time or counts as not answered.
 const TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The first and the longest wait before the runtime's events are asked for again.
+const EVENTS_RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 
 /// As the kubelet's: verbose states carry whole OCI specs, and lists all containers of a node.
 const MOST_BYTES: usize = 16 << 20;
@@ -158,34 +164,111 @@ impl Cri {
     /// # Errors
     /// See [`Error`].
     pub async fn pods(&self) -> Result<Vec<pods::Pod>, Error> {
-        let Connected { path, mut client } = self.connect().await?;
-        let ready = PodSandboxStateValue { state: PodSandboxState::SandboxReady as i32 };
-        let filter = PodSandboxFilter { state: Some(ready), ..PodSandboxFilter::default() };
-        let sandboxes = client.list_pod_sandbox(timed(ListPodSandboxRequest { filter: Some(filter) })).await;
-        let sandboxes = sandboxes.map_err(|status| self.failed(&path, "ListPodSandbox", &status))?.into_inner().items;
+        let sandboxes = self.sandboxes().await?;
         let mut containers: HashMap<String, Vec<pods::Container>> = HashMap::new();
         for container in self.containers().await? {
             let Ok(id) = ContainerId::new(&container.id) else { continue };
             let name = container.metadata.map(|m| m.name).unwrap_or_default();
             containers.entry(container.pod_sandbox_id).or_default().push(pods::Container { name, id: Some(id) });
         }
-        let pod = |sandbox: k8s_cri::v1::PodSandbox| {
-            let metadata = sandbox.metadata.unwrap_or_default();
-            pods::Pod {
-                uid: metadata.uid,
-                namespace: metadata.namespace,
-                name: metadata.name,
-                annotations: crate::policy::Annotations::from_map(&sandbox.annotations),
-                containers: containers.remove(&sandbox.id).unwrap_or_default(),
+        let with_containers = |(id, pod): (String, pods::Pod)| pods::Pod {
+            containers: containers.remove(&id).unwrap_or_default(),
+            ..pod
+        };
+        Ok(sandboxes.into_iter().map(with_containers).collect())
+    }
+
+    /// Tells of starts and ends of containers as the runtime does (`GetContainerEvents`), until the receiver is gone. A runtime
+    /// that has no events, as containerd before 1.7, is asked once.
+    pub async fn tell_events(self, updates: mpsc::Sender<Update>) {
+        let mut wait = EVENTS_RETRY.0;
+        while !updates.is_closed() {
+            let begun = Instant::now();
+            match self.events(&updates).await {
+                // CRI-O without evented PLEG ends every stream at once.
+                Ok(true) => {}
+                Ok(false) => return tracing::debug!("the runtime has no container events"),
+                // Whoever needs the runtime tells that it is away.
+                Err(e) => tracing::debug!("no events: {e}"),
+            }
+            wait = if begun.elapsed() > EVENTS_RETRY.1 { EVENTS_RETRY.0 } else { (wait * 2).min(EVENTS_RETRY.1) };
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    /// Whether there were any; the end of the stream is no error.
+    async fn events(&self, updates: &mpsc::Sender<Update>) -> Result<bool, Error> {
+        let Connected { path, mut client } = self.connect().await?;
+        let failed = |status: &Status| self.failed(&path, "GetContainerEvents", status);
+        // The stream begins with its first message, and has no end in time: this is no timed request.
+        let asked = client.get_container_events(GetEventsRequest {});
+        let missed = async {
+            // What started while nobody listened. Asked for beside the stream, so that nothing falls between the two.
+            tokio::time::sleep(EVENTS_RETRY.0).await;
+            match self.known().await {
+                Ok(known) => drop(updates.send(Update::Running(known, Trigger::Cri)).await),
+                Err(e) => tracing::debug!("what runs cannot be listed: {e}"),
             }
         };
-        Ok(sandboxes.into_iter().map(pod).collect())
+        let told = async {
+            let mut stream = match asked.await {
+                Ok(stream) => stream.into_inner(),
+                Err(status) if status.code() == Code::Unimplemented => return Ok(false),
+                Err(status) => return Err(failed(&status)),
+            };
+            loop {
+                match stream.message().await {
+                    Ok(Some(event)) => {
+                        if let Some(update) = update(event)
+                            && updates.send(update).await.is_err()
+                        {
+                            return Ok(true);
+                        }
+                    }
+                    Ok(None) => return Ok(true),
+                    Err(status) if status.code() == Code::Unimplemented => return Ok(false),
+                    Err(status) => return Err(failed(&status)),
+                }
+            }
+        };
+        tokio::pin!(told, missed);
+        tokio::select! {
+            ended = &mut told => return ended,
+            () = &mut missed => {}
+        }
+        told.await
+    }
+
+    /// The containers that are created or running, each with its pod.
+    async fn known(&self) -> Result<Vec<Started>, Error> {
+        let pods: HashMap<String, pods::Pod> = self.sandboxes().await?.into_iter().collect();
+        let (created, running) = (ContainerState::ContainerCreated as i32, ContainerState::ContainerRunning as i32);
+        let known = self.list_containers(ContainerFilter::default()).await?.into_iter();
+        let started = |container: k8s_cri::v1::Container| {
+            let pod = pods.get(&container.pod_sandbox_id)?.clone();
+            let id = ContainerId::new(&container.id).ok()?;
+            Some(Started { pod, name: container.metadata.unwrap_or_default().name, id, pid: None })
+        };
+        Ok(known.filter(|c| c.state == created || c.state == running).filter_map(started).collect())
+    }
+
+    /// The pods of all ready sandboxes by sandbox id, without their containers.
+    async fn sandboxes(&self) -> Result<Vec<(String, pods::Pod)>, Error> {
+        let Connected { path, mut client } = self.connect().await?;
+        let ready = PodSandboxStateValue { state: PodSandboxState::SandboxReady as i32 };
+        let filter = PodSandboxFilter { state: Some(ready), ..PodSandboxFilter::default() };
+        let sandboxes = client.list_pod_sandbox(timed(ListPodSandboxRequest { filter: Some(filter) })).await;
+        let sandboxes = sandboxes.map_err(|status| self.failed(&path, "ListPodSandbox", &status))?.into_inner().items;
+        Ok(sandboxes.into_iter().map(|s| (s.id, pod(s.metadata.unwrap_or_default(), &s.annotations))).collect())
     }
 
     async fn containers(&self) -> Result<Vec<k8s_cri::v1::Container>, Error> {
-        let Connected { path, mut client } = self.connect().await?;
         let running = ContainerStateValue { state: ContainerState::ContainerRunning as i32 };
-        let filter = ContainerFilter { state: Some(running), ..ContainerFilter::default() };
+        self.list_containers(ContainerFilter { state: Some(running), ..ContainerFilter::default() }).await
+    }
+
+    async fn list_containers(&self, filter: ContainerFilter) -> Result<Vec<k8s_cri::v1::Container>, Error> {
+        let Connected { path, mut client } = self.connect().await?;
         let answer = client.list_containers(timed(ListContainersRequest { filter: Some(filter) })).await;
         Ok(answer.map_err(|status| self.failed(&path, "ListContainers", &status))?.into_inner().containers)
     }
@@ -219,6 +302,35 @@ impl Cri {
     fn failed(&self, path: &Path, call: &'static str, status: &Status) -> Error {
         Error::Call { path: path.to_owned(), call, cause: told(status) }
     }
+}
+
+/// A pod as its sandbox knows it, without its containers.
+fn pod(metadata: k8s_cri::v1::PodSandboxMetadata, annotations: &HashMap<String, String>) -> pods::Pod {
+    pods::Pod {
+        uid: metadata.uid,
+        namespace: metadata.namespace,
+        name: metadata.name,
+        annotations: crate::policy::Annotations::from_map(annotations),
+        containers: Vec::new(),
+    }
+}
+
+/// What an event tells us; sandboxes have events too, without a container's status.
+fn update(event: ContainerEventResponse) -> Option<Update> {
+    let id = ContainerId::new(&event.container_id).ok()?;
+    let kind = event.container_event_type();
+    if let ContainerEventType::ContainerStoppedEvent | ContainerEventType::ContainerDeletedEvent = kind {
+        return Some(Update::Ended(id));
+    }
+    let status = event.containers_statuses.into_iter().find(|status| status.id == event.container_id)?;
+    let sandbox = event.pod_sandbox_status?;
+    // An old one may come late: a runtime keeps those that nobody has taken.
+    if kind != ContainerEventType::ContainerStartedEvent || status.state != ContainerState::ContainerRunning as i32 {
+        return None;
+    }
+    let name = status.metadata?.name;
+    let pod = pod(sandbox.metadata?, &sandbox.annotations);
+    Some(Update::Started(Started { pod, name, id, pid: None }, Trigger::Cri))
 }
 
 /// Connects and asks for the version, so that what is connected is a CRI runtime. The channel reconnects by itself later.

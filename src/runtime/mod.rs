@@ -3,6 +3,7 @@
 //! Knows nothing of mounts or pods.
 
 pub mod cri;
+pub mod nri;
 pub mod proc;
 
 use std::{
@@ -110,11 +111,15 @@ impl Runtime {
         Runtime { cri, proc: proc::Cgroups::default(), fall_back: from == PidFrom::Auto, trouble: Arc::default() }
     }
 
-    /// The first process of a running container.
+    /// The first process of a running container. `told` is its pid where the runtime told it with the start; the runtime is asked
+    /// when that is not (any more) its.
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn process(&self, id: &ContainerId) -> Result<Arc<Process>, Error> {
+    pub async fn process(&self, id: &ContainerId, told: Option<i64>) -> Result<Arc<Process>, Error> {
+        if let Some(process) = told.and_then(|pid| self.bound(pid, id).ok()) {
+            return Ok(process);
+        }
         let pid = match &self.cri {
             Some(cri) => match self.noted(cri.pid(id).await) {
                 Err(Error::Cri(_)) if self.fall_back => self.proc.pid(id).await?,
@@ -122,6 +127,10 @@ impl Runtime {
             },
             None => self.proc.pid(id).await?,
         };
+        self.bound(pid, id)
+    }
+
+    fn bound(&self, pid: i64, id: &ContainerId) -> Result<Arc<Process>, Error> {
         let process = Process::open(pid)?;
         proc::bind(&process, id)?;
         if let Some(kind) = proc::sandbox(process.pid()) {

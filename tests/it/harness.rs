@@ -208,7 +208,8 @@ impl Supervised {
             // At its start it also asks `lxcfs --help`.
             let serves = |pid: &i32| {
                 fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|args| {
-                    args.split(|b| *b == 0).any(|arg| arg == self.path.as_os_str().as_encoded_bytes())
+                    let args: Vec<&[u8]> = args.split(|b| *b == 0).collect();
+                    args.contains(&&b"-f"[..]) && args.contains(&self.path.as_os_str().as_encoded_bytes())
                 })
             };
             let mut pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
@@ -527,6 +528,8 @@ pub(crate) fn agent(dir: &Path, args: &[&str], env: &[(&str, &str)]) -> Running 
 #[derive(Debug)]
 pub(crate) struct Containerd {
     pub(crate) dir: TempDir,
+    /// Where its programs are, when not this machine's own.
+    root: Option<PathBuf>,
     process: Option<Running>,
     runtime: tokio::runtime::Runtime,
     channel: Channel,
@@ -553,8 +556,29 @@ pub(crate) struct RunningPod {
 /// The memory limit of every test container, in MiB.
 pub(crate) const MEMORY_MIB: u64 = 96;
 
+/// Which containerd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Release {
+    /// This machine's own: 1.6 on Debian 12.
+    Own,
+    /// Of Debian trixie: 1.7.
+    Trixie,
+    /// Of Debian sid: 2.
+    Sid,
+}
+
 impl Containerd {
     pub(crate) fn start() -> Containerd {
+        Containerd::of(Release::Own, false)
+    }
+
+    /// Of another release, with NRI on or off.
+    pub(crate) fn of(release: Release, nri: bool) -> Containerd {
+        let root = match release {
+            Release::Own => None,
+            Release::Trixie => Some(cache("debian/trixie")),
+            Release::Sid => Some(cache("debian/sid")),
+        };
         let dir = tempfile::Builder::new().prefix("kl").tempdir().unwrap();
         let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
         let config = format!(
@@ -572,6 +596,11 @@ bin_dir = "{}"
 conf_dir = "{}"
 [plugins."io.containerd.internal.v1.opt"]
 path = "{}"
+[plugins."io.containerd.nri.v1.nri"]
+disable = {}
+socket_path = "{}"
+plugin_path = "{}"
+plugin_config_path = "{}"
 "#,
             at("root"),
             at("state"),
@@ -579,6 +608,10 @@ path = "{}"
             at("cni"),
             at("cni"),
             at("opt"),
+            !nri,
+            at("nri.sock"),
+            at("nri-plugins"),
+            at("nri-config"),
         );
         fs::write(at("config.toml"), config).unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -592,10 +625,11 @@ path = "{}"
         });
         let client = RuntimeServiceClient::new(channel.clone());
         let cgroup = format!("/{}", dir.path().file_name().unwrap().to_str().unwrap());
-        let mut containerd = Containerd { dir, process: None, runtime, channel, client, cgroup };
+        let mut containerd = Containerd { dir, root, process: None, runtime, channel, client, cgroup };
         containerd.up();
         let image = cache("busybox-image-1.tar");
-        let imported = program("ctr")
+        let imported = containerd
+            .program("ctr")
             .args(["-a", &at_dir(&containerd.dir, "sock"), "-n", "k8s.io", "images", "import"])
             .arg(image)
             .output()
@@ -614,7 +648,7 @@ path = "{}"
 
     /// Starts the daemon (again).
     pub(crate) fn up(&mut self) {
-        let mut command = program("containerd");
+        let mut command = self.program("containerd");
         command.arg("--config").arg(self.dir.path().join("config.toml"));
         let process = Running::start(&mut command, &self.dir.path().join("containerd.log"));
         let client = self.client.clone();
@@ -630,6 +664,21 @@ path = "{}"
         if let Some(mut process) = self.process.take() {
             process.terminate();
         }
+    }
+
+    /// One of its programs.
+    fn program(&self, name: &str) -> Command {
+        let Some(root) = &self.root else { return program(name) };
+        let bin = root.join("usr/bin");
+        let mut command = Command::new(bin.join(name));
+        // Its shim before this machine's own.
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{}:{path}:/usr/sbin:/sbin", bin.display()));
+        command
+    }
+
+    pub(crate) fn nri_socket(&self) -> String {
+        at_dir(&self.dir, "nri.sock")
     }
 
     pub(crate) fn endpoint(&self) -> String {
@@ -697,6 +746,19 @@ path = "{}"
         self.start_with(pod, name, attempt, vec!["sleep".into(), "3600".into()], Vec::new());
     }
 
+    /// Runs a shell script in a container of a pod that is there; returns the time that its start took, and where what it prints
+    /// will be, whole, when it has ended.
+    pub(crate) fn start_script(&self, pod: &mut RunningPod, name: &str, script: &str) -> (Duration, PathBuf) {
+        let out = self.dir.path().join(format!("out-{}", pod.sandbox));
+        fs::create_dir_all(&out).unwrap();
+        let mount =
+            cri::Mount { container_path: "/out".into(), host_path: out.to_str().unwrap().into(), ..Default::default() };
+        let script = format!("{{ {script}; }} >/out/{name}.new 2>&1; mv /out/{name}.new /out/{name}; exec sleep 3600");
+        let command = ["sh", "-c", &script].map(str::to_owned).to_vec();
+        (self.start_with(pod, name, 0, command, vec![mount]), out.join(name))
+    }
+
+    /// Returns the time that the start took.
     fn start_with(
         &self,
         pod: &mut RunningPod,
@@ -704,7 +766,7 @@ path = "{}"
         attempt: u32,
         command: Vec<String>,
         mounts: Vec<cri::Mount>,
-    ) {
+    ) -> Duration {
         let namespaces = namespaces();
         let config = cri::ContainerConfig {
             metadata: Some(cri::ContainerMetadata { name: name.into(), attempt }),
@@ -732,8 +794,11 @@ path = "{}"
         };
         let id = self.call(async |mut c| c.create_container(create).await).container_id;
         let start = cri::StartContainerRequest { container_id: id.clone() };
+        let begun = Instant::now();
         self.call(async |mut c| c.start_container(start).await);
+        let took = begun.elapsed();
         pod.containers.insert(name.to_owned(), id);
+        took
     }
 
     pub(crate) fn stop_container(&self, id: &str) {
@@ -741,6 +806,14 @@ path = "{}"
         self.call(async |mut c| c.stop_container(stop).await);
         let remove = cri::RemoveContainerRequest { container_id: id.into() };
         self.call(async |mut c| c.remove_container(remove).await);
+    }
+
+    /// Stops and removes a pod.
+    pub(crate) fn remove(&self, pod: &RunningPod) {
+        let id = &pod.sandbox;
+        self.call(async |mut c| c.stop_pod_sandbox(cri::StopPodSandboxRequest { pod_sandbox_id: id.clone() }).await);
+        let request = cri::RemovePodSandboxRequest { pod_sandbox_id: id.clone() };
+        self.call(async |mut c| c.remove_pod_sandbox(request).await);
     }
 
     /// Runs a command in a container.

@@ -11,6 +11,8 @@ mod cluster;
 mod command_line;
 mod containers;
 mod harness;
+mod hook;
 mod isolation;
 mod kubernetes;
 mod restart;
+mod starts;

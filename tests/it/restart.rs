@@ -213,10 +213,9 @@ impl Random {
     }
 }
 
-/// What can happen to a node, one after the other at random moments, at least 200 times. Run by `make chaos`: it takes minutes,
-/// most of them in the supervisor's backoff.
+/// What can happen to a node, one after the other at random moments, 200 times. It takes up to two minutes, most of them in the
+/// supervisor's backoff.
 #[test]
-#[ignore = "minutes long; make chaos runs it"]
 fn whatever_dies_in_whatever_order_every_wished_view_is_current_in_the_end_and_no_other_is_left() {
     const ROUNDS: u32 = 200;
     let seed = std::env::var("KUBE_LXCFS_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(|| {
@@ -298,4 +297,33 @@ fn settled(node: &Node, wished: &[bool], round: u32, seed: u64) {
             }
         });
     }
+}
+
+/// As a unit's `ExecStartPost=` it runs before lxcfs serves. A node of its own, in a pid namespace: `--all` is all that it sees.
+#[test]
+fn remount_all_waits_for_an_lxcfs_that_is_starting() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = r#"
+        set -e
+        serve() { lxcfs -f -p "$2/pid" "$2" >/dev/null 2>&1 & served=$!; }
+        answers() { until [ -e "$1/proc/uptime" ]; do sleep 0.02; done; }
+        serve "$@"; answers "$2"
+        unshare --mount --propagation private sleep 3600 & target=$!
+        until [ "$(readlink /proc/$target/ns/mnt)" != "$(readlink /proc/self/ns/mnt)" ]; do sleep 0.02; done
+        "$1" mount --pid $target --lxcfs-path "$2" >/dev/null
+        kill -9 $served
+        umount -l "$2"
+        (sleep 0.7; exec lxcfs -f -p "$2/pid" "$2" >/dev/null 2>&1) &
+        "$1" remount --all --lxcfs-path "$2"
+        "$1" status --pid-from proc --lxcfs-path "$2"
+    "#;
+    let mut node = program("unshare");
+    node.args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"]);
+    node.args(["timeout", "-s", "KILL", "20", "sh", "-c", script, "sh", env!("CARGO_BIN_EXE_kube-lxcfs")])
+        .arg(dir.path());
+    node.env("PATH", std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin");
+    let output = node.output().unwrap();
+    assert!(output.status.success(), "{} {}", stdout(&output), stderr(&output));
+    let told = stdout(&output);
+    assert!(told.contains(" current ") && !told.contains("dead") && !told.contains("stale"), "{told}");
 }

@@ -27,8 +27,8 @@ fn pod(uid: &str, inject: Option<&str>, ids: [Option<u32>; 2]) -> Pod {
 
 fn listed(pods: Vec<Pod>) -> State {
     let mut state = State::new(false, true, false);
-    state.update(Update::Namespaces(Vec::new()));
-    state.update(Update::Pods(pods));
+    state.update(Update::Namespaces(Vec::new()), Instant::now());
+    state.update(Update::Pods(pods), Instant::now());
     state
 }
 
@@ -46,9 +46,9 @@ fn ids(due: &Due) -> Vec<String> {
 fn nothing_is_decided_before_pods_and_namespaces_are_listed() {
     let now = Instant::now();
     let mut state = State::new(false, true, false);
-    state.update(Update::Pods(vec![pod("p", None, [Some(1), None])]));
+    state.update(Update::Pods(vec![pod("p", None, [Some(1), None])]), Instant::now());
     assert_eq!(state.due(now), Due::default());
-    state.update(Update::Namespaces(vec![Namespace { name: "ns".into(), label: "true".into() }]));
+    state.update(Update::Namespaces(vec![Namespace { name: "ns".into(), label: "true".into() }]), Instant::now());
     assert!(state.due(now).find_lxcfs);
     state.lxcfs_found(Ok(()), now);
     assert_eq!(ids(&state.due(now)), ["id1"]);
@@ -64,7 +64,7 @@ fn the_last_wish_wins_and_a_pod_gets_one_event_of_a_kind() {
     state.finished(&id(1), done([Step::Inject(ViewFile::Meminfo)]), now);
     assert_eq!(state.take_events(), [], "the other container is worked on still");
     // The pod opts out while the second one is worked on: that one is begun again, not beside it.
-    state.update(Update::Pod(pod("p", Some("false"), [Some(1), Some(2)])));
+    state.update(Update::Pod(pod("p", Some("false"), [Some(1), Some(2)])), Instant::now());
     assert_eq!(ids(&state.due(now)), ["id1"]);
     state.finished(&id(1), done([Step::Remove(ViewFile::Meminfo, 7)]), now);
     state.finished(&id(2), done([Step::Inject(ViewFile::Meminfo)]), now);
@@ -117,7 +117,7 @@ fn a_warning_is_told_once_and_again_only_when_it_changes() {
 fn with_adoption_an_operation_without_lxcfs_is_done_again_when_there_is_one() {
     let now = Instant::now();
     let mut state = State::new(false, false, true);
-    state.update(Update::Pods(vec![pod("p", None, [Some(1), None])]));
+    state.update(Update::Pods(vec![pod("p", None, [Some(1), None])]), Instant::now());
     let due = state.due(now);
     assert_eq!((ids(&due), due.find_lxcfs), (vec!["id1".to_owned()], true));
     state.lxcfs_found(Ok(()), now);
@@ -127,12 +127,82 @@ fn with_adoption_an_operation_without_lxcfs_is_done_again_when_there_is_one() {
     assert_eq!(state.due(now), Due::default());
 }
 
+fn started(uid: &str, inject: Option<&str>, n: u32) -> Started {
+    let sandbox = Pod { containers: Vec::new(), ..pod(uid, inject, [None, None]) };
+    Started { pod: sandbox, name: "a".into(), id: id(n), pid: Some(42) }
+}
+
+#[test]
+fn a_start_is_decided_before_anything_is_listed_and_the_watch_corrects_it() {
+    let now = Instant::now();
+    let mut state = State::new(false, true, false);
+    state.update(Update::Started(started("in", Some("true"), 1), Trigger::Nri), now);
+    state.update(Update::Started(started("silent", None, 2), Trigger::Nri), now);
+    state.update(Update::Started(started("out", Some("false"), 3), Trigger::Nri), now);
+    assert!(state.pending(&id(1)) && !state.pending(&id(2)) && !state.pending(&id(3)));
+    assert!(state.due(now).find_lxcfs);
+    state.lxcfs_found(Ok(()), now);
+    let due = state.due(now);
+    assert_eq!(ids(&due), ["id1"]);
+    assert_eq!((due.start[0].wish, due.start[0].pid), (Wish::Add(FileSet::ALL), Some(42)));
+    state.finished(&id(1), done([Step::Inject(ViewFile::Meminfo)]), now + Duration::from_millis(3));
+    assert!(!state.pending(&id(1)));
+    assert_eq!(state.take_latencies(), [(Trigger::Nri, Duration::from_millis(3))]);
+    // Its annotation was changed since its sandbox was made.
+    state.update(Update::Namespaces(Vec::new()), now);
+    state.update(Update::Pods(vec![pod("in", Some("false"), [Some(1), None])]), now);
+    let due = state.due(now);
+    assert_eq!((ids(&due), due.start[0].wish), (vec!["id1".to_owned()], Wish::Nothing));
+}
+
+#[test]
+fn one_start_is_one_operation_and_one_event_whoever_tells_of_it() {
+    let now = Instant::now();
+    let mut state = listed(vec![pod("p", Some("true"), [None, None])]);
+    state.update(Update::Started(started("p", Some("true"), 1), Trigger::Cri), now);
+    state.due(now);
+    state.lxcfs_found(Ok(()), now);
+    assert_eq!(ids(&state.due(now)), ["id1"]);
+    state.update(Update::Started(started("p", Some("true"), 1), Trigger::Nri), now);
+    state.finished(&id(1), done([Step::Inject(ViewFile::Meminfo)]), now);
+    state.update(Update::Pod(pod("p", Some("true"), [Some(1), None])), now);
+    state.update(Update::Running(vec![started("p", Some("true"), 1)], Trigger::Cri), now);
+    assert_eq!(state.due(now), Due::default());
+    assert_eq!(state.take_events().len(), 1);
+    assert_eq!(state.take_latencies().len(), 1);
+}
+
+#[test]
+fn what_has_ended_before_the_watch_told_of_it_is_forgotten() {
+    let now = Instant::now();
+    let mut state = listed(Vec::new());
+    for n in 1..=3 {
+        state.update(Update::Started(started("p", Some("true"), n), Trigger::Nri), now);
+    }
+    state.update(Update::Ended(id(1)), now);
+    state.update(Update::Running(vec![started("p", Some("true"), 3)], Trigger::Nri), now);
+    state.due(now);
+    state.lxcfs_found(Ok(()), now);
+    assert_eq!(ids(&state.due(now)), ["id3"]);
+    state.finished(&id(3), Finished::Later, now);
+    state.update(Update::Ended(id(3)), now);
+    assert_eq!(state.next(), None);
+    assert!(state.pods.is_empty() && state.containers.is_empty() && state.early.is_empty());
+}
+
 /// What can happen, in any order.
 #[derive(Clone, Debug)]
 enum Happens {
     Annotate(usize, Option<&'static str>),
     Label(Option<&'static str>),
+    /// The watch alone tells.
     Restart(usize, usize),
+    /// The runtime tells, and the watch does not yet.
+    Starts(usize, usize, Trigger),
+    /// The watch tells of a pod.
+    Told(usize),
+    /// The runtime tells of all.
+    Listed,
     Stop(usize, usize),
     Delete(usize),
     Relist,
@@ -159,6 +229,11 @@ fn happens() -> impl Strategy<Value = Happens> {
         3 => (0..3usize, says()).prop_map(|(pod, says)| Happens::Annotate(pod, says)),
         1 => says().prop_map(Happens::Label),
         2 => (0..3usize, 0..2usize).prop_map(|(pod, c)| Happens::Restart(pod, c)),
+        3 => (0..3usize, 0..2usize, any::<bool>()).prop_map(|(pod, c, nri)| {
+            Happens::Starts(pod, c, if nri { Trigger::Nri } else { Trigger::Cri })
+        }),
+        2 => (0..3usize).prop_map(Happens::Told),
+        1 => Just(Happens::Listed),
         1 => (0..3usize, 0..2usize).prop_map(|(pod, c)| Happens::Stop(pod, c)),
         1 => (0..3usize).prop_map(Happens::Delete),
         1 => Just(Happens::Relist),
@@ -202,13 +277,13 @@ impl Node {
             serves: false,
             sweeps: 0,
         };
-        node.state.update(Update::Namespaces(Vec::new()));
+        node.state.update(Update::Namespaces(Vec::new()), Instant::now());
         node.relist();
         node
     }
 
     fn relist(&mut self) {
-        self.state.update(Update::Pods(self.pods.iter().flatten().cloned().collect()));
+        self.state.update(Update::Pods(self.pods.iter().flatten().cloned().collect()), self.now);
     }
 
     /// Changes a pod, which is made if it is not there, and tells it.
@@ -216,29 +291,59 @@ impl Node {
         let uid = format!("{n}-{}", self.ids);
         let pod = self.pods[n].get_or_insert_with(|| pod(&uid, None, [None, None]));
         change(pod);
-        self.state.update(Update::Pod(pod.clone()));
+        self.state.update(Update::Pod(pod.clone()), self.now);
     }
 
-    fn happens(&mut self, what: Happens) {
-        match what {
+    fn happens(&mut self, what: &Happens) {
+        match *what {
             Happens::Annotate(n, says) => self.change(n, |pod| pod.annotations.inject = says.map(Into::into)),
             Happens::Label(says) => {
                 self.label = says;
-                self.state.update(match says {
+                let update = match says {
                     Some(says) => Update::Namespace(Namespace { name: "ns".into(), label: says.into() }),
                     None => Update::NamespaceGone("ns".into()),
-                });
+                };
+                self.state.update(update, self.now);
             }
             Happens::Restart(n, c) => {
                 self.ids += 1;
                 let new = id(self.ids);
                 self.change(n, |pod| pod.containers[c].id = Some(new));
             }
-            Happens::Stop(n, c) => self.change(n, |pod| pod.containers[c].id = None),
+            Happens::Starts(n, c, trigger) => {
+                self.ids += 1;
+                let new = id(self.ids);
+                let uid = format!("{n}-{}", self.ids);
+                let pod = self.pods[n].get_or_insert_with(|| pod(&uid, None, [None, None]));
+                pod.containers[c].id = Some(new.clone());
+                let sandbox = Pod { containers: Vec::new(), ..pod.clone() };
+                let started = Started { pod: sandbox, name: NAMES[c].into(), id: new, pid: Some(7) };
+                self.state.update(Update::Started(started.clone(), trigger), self.now);
+                // Others tell of it too.
+                self.state.update(Update::Started(started, Trigger::Cri), self.now);
+            }
+            Happens::Told(n) => self.change(n, |_| ()),
+            Happens::Stop(n, c) => {
+                if let Some(Pod { containers, .. }) = &mut self.pods[n]
+                    && let Some(id) = containers[c].id.take()
+                {
+                    self.state.update(Update::Ended(id), self.now);
+                }
+            }
+            Happens::Listed => {
+                let running = self.pods.iter().flatten().flat_map(|pod| {
+                    let sandbox = Pod { containers: Vec::new(), ..pod.clone() };
+                    pod.containers.iter().filter_map(move |c| {
+                        let (pod, name) = (sandbox.clone(), c.name.clone());
+                        Some(Started { pod, name, id: c.id.clone()?, pid: None })
+                    })
+                });
+                self.state.update(Update::Running(running.collect(), Trigger::Nri), self.now);
+            }
             Happens::Delete(n) => {
                 self.ids += 1;
                 if let Some(pod) = self.pods[n].take() {
-                    self.state.update(Update::PodGone(pod.uid));
+                    self.state.update(Update::PodGone(pod.uid), self.now);
                 }
             }
             Happens::Relist => self.relist(),
@@ -276,7 +381,7 @@ impl Node {
         let finished = match how {
             How::Done => {
                 match wish {
-                    Wish::Files(files) => drop(self.views.insert(id.clone(), (generation, files))),
+                    Wish::Files(files) | Wish::Add(files) => drop(self.views.insert(id.clone(), (generation, files))),
                     _ => drop(self.views.remove(&id)),
                 }
                 done([])
@@ -298,6 +403,7 @@ impl Node {
         }
         for start in due.start {
             assert!(self.running.iter().all(|(running, _)| running.id != start.id), "two operations on {}", start.id);
+            assert_ne!(start.wish, Wish::Keep);
             assert!(start.wish == Wish::Nothing || (self.serves && self.sweeps == 0), "{start:?} without an lxcfs");
             self.running.push((start, self.generation));
         }
@@ -309,10 +415,12 @@ impl Node {
         assert_eq!(self.state.running(), self.running.len());
     }
 
-    /// Lets everything that is on its way come to its end.
+    /// Lets everything that is on its way come to its end, and the runtime and then the watch tell of everything.
     fn settles(&mut self) {
+        self.happens(&Happens::Listed);
+        self.happens(&Happens::Relist);
         while self.sweeps > 0 {
-            self.happens(Happens::Swept);
+            self.happens(&Happens::Swept);
         }
         for _ in 0..1000 {
             if self.finding {
@@ -351,8 +459,9 @@ proptest! {
     #[test]
     fn whatever_comes_in_between_the_last_wish_wins(all in proptest::collection::vec(happens(), 0..60)) {
         let mut node = Node::new();
-        all.into_iter().for_each(|what| node.happens(what));
+        all.iter().for_each(|what| node.happens(what));
         node.settles();
         node.is_as_wished();
+        prop_assert!(node.state.early.is_empty(), "{:?}", node.state.early);
     }
 }

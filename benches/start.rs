@@ -1,0 +1,112 @@
+//! What a container's first instruction sees, and what its start costs more: pods in a row with containerd 1.7 and 2 over NRI, the
+//! same without kube-lxcfs, in turns in the same run; and how soon the view comes without NRI.
+//!
+//!     cargo bench --bench start            500 pods each
+//!     cargo bench --bench start -- 50      fewer
+#![allow(clippy::unwrap_used, clippy::wildcard_imports, reason = "a benchmark fails by panicking")]
+
+#[path = "../tests/it/harness.rs"]
+#[allow(dead_code, unused, reason = "the tests use the rest")]
+mod harness;
+
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use harness::*;
+
+const FIRST: &str = "head -1 /proc/meminfo; cut -d' ' -f1 /proc/uptime; cat /sys/devices/system/cpu/online";
+/// So many in a row before the agent goes or comes.
+const TURN: usize = 25;
+
+fn own(told: &str) -> bool {
+    let own_memory = told.starts_with(&format!("MemTotal:{:>15} kB\n", MEMORY_MIB << 10));
+    own_memory && told.ends_with("\n0\n") && told.lines().nth(1).is_some_and(|s| s.parse::<f64>().unwrap() < 60.0)
+}
+
+fn agent_of(dir: &Path, containerd: &Containerd, lxcfs: &Lxcfs, nri: bool) -> Running {
+    let (cri, socket) = (containerd.endpoint(), containerd.nri_socket());
+    let mode = if nri { "required" } else { "off" };
+    let args = ["--pods-from", "cri", "--cri-endpoint", &cri, "--nri", mode, "--nri-socket", &socket];
+    let agent = agent(dir, &[&args[..], &["--lxcfs-path", lxcfs.path()]].concat(), &[]);
+    if nri {
+        eventually_true("NRI has the plugin", || agent.log().contains("first instruction"));
+    } else {
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    agent
+}
+
+/// Runs one pod and removes it: the time of its container's start, and what that read first.
+fn pod(containerd: &Containerd, n: usize) -> (Duration, String) {
+    let annotations = &[("kube-lxcfs.io/inject", "true")];
+    let mut pod = containerd.run(&PodSpec { name: &format!("pod-{n}"), annotations, containers: &[] });
+    let (took, out) = containerd.start_script(&mut pod, "app", FIRST);
+    let told = eventually("the container has read", || fs::read_to_string(&out).map_err(|e| e.to_string()));
+    containerd.remove(&pod);
+    (took, told)
+}
+
+fn percentile(all: &mut [Duration], percent: usize) -> Duration {
+    all.sort();
+    all[(all.len() * percent / 100).min(all.len() - 1)]
+}
+
+fn with_nri(name: &str, release: Release, pods: usize) {
+    let (lxcfs, containerd, dir) = (Lxcfs::start(), Containerd::of(release, true), tempfile::tempdir().unwrap());
+    let (mut with, mut without, mut right) = (Vec::new(), Vec::new(), 0);
+    for turn in 0..pods.div_ceil(TURN) {
+        let count = TURN.min(pods - turn * TURN);
+        let mut agent = agent_of(dir.path(), &containerd, &lxcfs, true);
+        for n in 0..count {
+            let (took, told) = pod(&containerd, n);
+            with.push(took);
+            right += usize::from(own(&told));
+        }
+        agent.terminate();
+        without.extend((0..count).map(|n| pod(&containerd, n).0));
+    }
+    let [median, most] = [50, 99].map(|p| (percentile(&mut with, p), percentile(&mut without, p)));
+    println!("{name}, NRI: {right} of {pods} first reads show the container's own values");
+    for (what, (with, without)) in [("median", median), ("99th percentile", most)] {
+        let added = with.as_secs_f64() - without.as_secs_f64();
+        println!(
+            "{name}, NRI: start {what} {with:.1?} with, {without:.1?} without: {:+.1} ms, ratio {:.2}",
+            added * 1e3,
+            with.as_secs_f64() / without.as_secs_f64()
+        );
+    }
+}
+
+/// From the end of the start to the view in the mount table.
+fn with_events(pods: usize) {
+    let (lxcfs, containerd) = (Lxcfs::start(), Containerd::of(Release::Trixie, false));
+    let dir = tempfile::tempdir().unwrap();
+    let _agent = agent_of(dir.path(), &containerd, &lxcfs, false);
+    let mut all = Vec::new();
+    for n in 0..pods {
+        let annotations = &[("kube-lxcfs.io/inject", "true")];
+        let pod = containerd.run(&PodSpec { name: &format!("pod-{n}"), annotations, containers: &["app"] });
+        let begun = Instant::now();
+        let pid = containerd.pid(&pod.containers["app"]);
+        while views(&mountinfo(pid)).len() < 9 {
+            assert!(begun.elapsed() < PATIENCE, "no view");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        all.push(begun.elapsed());
+        containerd.remove(&pod);
+    }
+    let [median, most] = [50, 99].map(|p| percentile(&mut all, p));
+    println!(
+        "containerd 1.7, NRI off, {pods} pods: view after the start: median {median:.1?}, 99th percentile {most:.1?}"
+    );
+}
+
+fn main() {
+    let pods = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(500);
+    with_nri("containerd 1.7", Release::Trixie, pods);
+    with_nri("containerd 2", Release::Sid, pods);
+    with_events(pods.min(100));
+}
