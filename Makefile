@@ -1,10 +1,11 @@
 # The front door. Each target does its own set-up through hack/, on Debian and Ubuntu.
-.PHONY: demo test chaos lint build bench help
+.PHONY: demo test chaos fuzz lint build bench help
 
 help:
 	@echo "make demo   see a running container's /proc change, and back"
 	@echo "make test   all tests, against a real lxcfs, containerd, kube-apiserver and this kernel (root)"
 	@echo "make chaos  of the tests only the 200 rounds of random deaths (KUBE_LXCFS_SEED repeats one)"
+	@echo "make fuzz   a bounded run of each fuzz target (needs a nightly toolchain; FUZZ_SECONDS each)"
 	@echo "make lint   rustfmt, clippy, cargo deny, shellcheck"
 	@echo "make build  target/release/kube-lxcfs"
 	@echo "make bench  what the mount driver costs beside the bare system calls (root)"
@@ -21,6 +22,9 @@ test:
 
 chaos:
 	hack/test.sh --test it -- --nocapture restart::whatever_dies
+
+fuzz:
+	hack/fuzz.sh
 
 lint:
 	hack/lint.sh

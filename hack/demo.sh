@@ -114,7 +114,7 @@ show "$opted_in"
 
 tell "2. The agent starts. No pod is restarted, and nothing of lxcfs is mounted into the pods beforehand."
 echo "  \$ kube-lxcfs agent --pods-from cri"
-in_background agent kube-lxcfs agent --pods-from cri --lxcfs-path "$dir/lxcfs" --cri-endpoint "unix://$socket"
+in_background agent kube-lxcfs agent --pods-from cri --listen 127.0.0.1:0 --lxcfs-path "$dir/lxcfs" --cri-endpoint "unix://$socket"
 agent=${started[-1]}
 wait_for "the view is there" has_view "$opted_in"
 sed 's/^/      /' "$dir/agent.log"

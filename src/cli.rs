@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     ffi::OsString,
     io::{IsTerminal, Write},
+    net::SocketAddr,
     path::PathBuf,
     process::ExitCode,
     sync::Arc,
@@ -17,13 +18,13 @@ use serde::Serialize;
 use tokio::sync::mpsc;
 
 use crate::{
-    agent::{self, Agent, state::State},
+    agent::{self, Agent, Inbox, state::State},
     check, hook, lxcfs,
     mount::{self, Outcome, Process, Source, Task, Workers},
     node,
     plan::{Step, Wish},
     pods,
-    report::events::Events,
+    report::{events::Events, http, metrics::Metrics},
     runtime::{
         ContainerId, PidFrom, Runtime,
         cri::{Cri, CriEndpoint},
@@ -185,6 +186,9 @@ struct AgentArgs {
     /// each event to one listener only.
     #[arg(long, env = "KUBE_LXCFS_CRI_EVENTS", value_enum, default_value_t = CriEvents::Auto)]
     cri_events: CriEvents,
+    /// Where /healthz, /readyz, /metrics and /status are served.
+    #[arg(long, env = "KUBE_LXCFS_LISTEN", value_name = "IP:PORT", default_value = "0.0.0.0:9808")]
+    listen: SocketAddr,
     /// Give a view to pods that say nothing, in namespaces that say nothing.
     #[arg(long, env = "KUBE_LXCFS_INJECT_BY_DEFAULT")]
     inject_by_default: bool,
@@ -354,7 +358,37 @@ async fn run_agent(common: Common, args: AgentArgs) -> Result<ExitCode> {
     let state = State::new(args.inject_by_default, from_kubernetes, args.adopt);
     let runtime = Runtime::new(common.pid_from, cri.clone());
     tracing::info!(version = env!("CARGO_PKG_VERSION"), lxcfs = %common.lxcfs_path.display(), "agent begins");
-    let agent = Agent { workers, runtime, lxcfs_path: common.lxcfs_path, events, state, adopt: args.adopt };
+    let listener = http::listen(args.listen)
+        .await
+        .with_context(|| format!("{} cannot be listened on; --listen names another address", args.listen))?;
+    tracing::info!(address = %listener.local_addr().unwrap_or(args.listen), "HTTP");
+    let metrics = Arc::new(Metrics::default());
+    let (ask, asks) = mpsc::channel(UPDATES);
+    let (finder, asked_cri) =
+        (lxcfs::Finder::new(&common.lxcfs_path), (common.pid_from != PidFrom::Proc).then(|| cri.clone()));
+    let status_of = (workers.clone(), asked_cri.clone());
+    let sources = http::Sources {
+        ask,
+        metrics: metrics.clone(),
+        status: move || {
+            let ((workers, cri), finder) = (status_of.clone(), finder.clone());
+            async move {
+                let serving = finder.find(&workers).await.ok().map(|source| source.dev);
+                let status = node::status(&workers, serving, cri.as_ref()).await;
+                status.map_err(|e| format!("/proc cannot be searched: {e}"))
+            }
+        },
+        runtime: move || {
+            let cri = asked_cri.clone();
+            async move {
+                match cri {
+                    Some(cri) => cri.version().await.map(drop).map_err(|e| e.to_string()),
+                    None => Ok(()),
+                }
+            }
+        },
+    };
+    let agent = Agent { workers, runtime, lxcfs_path: common.lxcfs_path, events, state, adopt: args.adopt, metrics };
     if args.cri_events == CriEvents::Auto && (common.pid_from != PidFrom::Proc || !from_kubernetes) {
         tokio::spawn(cri.tell_events(cri_told));
     }
@@ -365,8 +399,9 @@ async fn run_agent(common: Common, args: AgentArgs) -> Result<ExitCode> {
         nri::run(&args.nri_socket, args.nri == Nri::Required, nri::Tell { starts: waiting, updates: told }).await
     };
     tokio::select! {
-        ended = agent::run(agent, updates, starts) => ended.context("signals cannot be listened for")?,
+        ended = agent::run(agent, Inbox { updates, starts, asks }) => ended.context("signals cannot be listened for")?,
         ended = nri => ended?,
+        ended = http::serve(listener, sources) => ended.context("HTTP cannot be served")?,
     }
     Ok(ExitCode::SUCCESS)
 }

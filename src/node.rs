@@ -1,7 +1,7 @@
 //! The node as it is: every mount namespace once, and which views are in them. Needs no runtime and no API server.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet, hash_map::Entry},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt, io,
     os::unix::fs::MetadataExt,
     pin::pin,
@@ -12,7 +12,7 @@ use futures::{StreamExt, stream};
 use serde::Serialize;
 
 use crate::{
-    mount::{self, Process, Source, Task, Workers},
+    mount::{self, Answer, Process, Source, Task, Workers},
     plan::{Dev, There, Wish},
     runtime::{self, ContainerId},
     view::ViewFile,
@@ -121,29 +121,30 @@ pub async fn sweep(workers: &Workers, of: HashSet<Dev>) -> io::Result<Pass> {
     Ok(pass(workers, namespaces()?, &Task::Sweep(Arc::new(of))).await)
 }
 
-/// The same for every lxcfs that does not answer, one by one asked in a container that has a view of it. `serving` is not asked.
+/// The same for every lxcfs that is gone, each asked in a container that has a view of it, and for `hung`. One that merely hangs is
+/// not ours to judge: on a node within a node it is somebody else's.
 ///
 /// # Errors
 /// When `/proc` cannot be listed.
-pub async fn sweep_dead(workers: &Workers, serving: Option<Dev>) -> io::Result<Pass> {
-    let mut answers: HashMap<Dev, bool> = serving.into_iter().map(|dev| (dev, true)).collect();
+pub async fn sweep_dead(workers: &Workers, hung: Option<Dev>) -> io::Result<Pass> {
+    let mut answers: HashMap<Dev, Answer> = hung.into_iter().map(|dev| (dev, Answer::Gone)).collect();
     for Viewed { process, there } in views(workers).await? {
         for (file, dev) in there.views() {
-            if let Entry::Vacant(unknown) = answers.entry(dev) {
-                unknown.insert(mount::answers(workers, process.clone(), file).await);
+            if answers.get(&dev).is_none_or(|answer| *answer == Answer::Unknown) {
+                answers.insert(dev, mount::ask(workers, process.clone(), file).await);
             }
         }
     }
-    let gone: HashSet<Dev> = answers.into_iter().filter(|(_, answers)| !answers).map(|(dev, _)| dev).collect();
+    let gone: HashSet<Dev> = answers.into_iter().filter(|(_, a)| *a == Answer::Gone).map(|(dev, _)| dev).collect();
     if gone.is_empty() { Ok(Pass::default()) } else { sweep(workers, gone).await }
 }
 
-/// Makes every view of the node current.
+/// Makes every view of the node current that comes from one of these lxcfs.
 ///
 /// # Errors
 /// When `/proc` cannot be listed.
-pub async fn refresh(workers: &Workers, source: &Arc<Source>) -> io::Result<Pass> {
-    let stale = |viewed: &Viewed| viewed.there.views().any(|(_, dev)| dev != source.dev);
+pub async fn refresh(workers: &Workers, source: &Arc<Source>, of: impl Fn(Dev) -> bool) -> io::Result<Pass> {
+    let stale = |viewed: &Viewed| viewed.there.views().any(|(_, dev)| dev != source.dev && of(dev));
     let processes = views(workers).await?.into_iter().filter(stale).map(|viewed| viewed.process).collect();
     Ok(pass(workers, processes, &Task::wish(Wish::REFRESH, Some(source.clone()))).await)
 }
@@ -202,8 +203,10 @@ pub async fn status(
         for (file, dev) in there.views() {
             let state = match answers.get(&dev) {
                 Some(state) => *state,
-                None if mount::answers(workers, process.clone(), file).await => State::Stale,
-                None => State::Dead,
+                None => match mount::ask(workers, process.clone(), file).await {
+                    Answer::Answers | Answer::Unknown => State::Stale,
+                    Answer::Gone | Answer::Hangs => State::Dead,
+                },
             };
             answers.insert(dev, state);
             files.insert(file, state);

@@ -19,9 +19,14 @@ use crate::{
     lxcfs::{self, Change, Finder, Watch},
     mount::{self, Source, Task, Workers},
     node,
-    plan::Dev,
+    plan::{Dev, Step, Wish},
     pods::{Trigger, Update},
-    report::{Once, events::Events},
+    report::{
+        Once,
+        events::Events,
+        http::{Ask, Snapshot},
+        metrics::{Metrics, Operation, OperationResult},
+    },
     runtime::{self, ContainerId, Runtime, nri::Waiting},
 };
 use state::{Due, Finished, Start, State};
@@ -45,6 +50,17 @@ pub struct Agent {
     pub state: State,
     /// Keep lxcfs files current that came with a pod.
     pub adopt: bool,
+    pub metrics: Arc<Metrics>,
+}
+
+/// Who tells the agent's loop something.
+#[derive(Debug)]
+pub struct Inbox {
+    pub updates: mpsc::Receiver<Update>,
+    /// Containers that wait for their view before they start.
+    pub starts: mpsc::Receiver<Waiting>,
+    /// Who asks what the loop knows.
+    pub asks: mpsc::Receiver<Ask>,
 }
 
 /// What the loop waits for, besides updates.
@@ -55,19 +71,21 @@ enum Told {
     /// It is time to look after the sweep of this lxcfs's owner.
     Sweep(Dev),
     Swept,
-    Finished(ContainerId, Finished),
+    Finished {
+        id: ContainerId,
+        finished: Finished,
+        wish: Wish,
+        took: Duration,
+    },
 }
 
 /// Runs until SIGTERM or SIGINT; leaves the views alone.
 ///
 /// # Errors
 /// When the signals or the mount table cannot be listened to.
-pub async fn run(
-    agent: Agent,
-    mut updates: mpsc::Receiver<Update>,
-    mut starts: mpsc::Receiver<Waiting>,
-) -> std::io::Result<()> {
-    let Agent { workers, runtime, lxcfs_path, events, state, adopt } = agent;
+pub async fn run(agent: Agent, inbox: Inbox) -> std::io::Result<()> {
+    let Agent { workers, runtime, lxcfs_path, events, state, adopt, metrics } = agent;
+    let Inbox { mut updates, mut starts, mut asks } = inbox;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (tell, mut told) = mpsc::channel(MOST_AT_ONCE);
@@ -82,8 +100,12 @@ pub async fn run(
         generation: 0,
         before: Vec::new(),
         waiting: Vec::new(),
+        up: lxcfs::mounted(&lxcfs_path).is_some(),
+        changed: None,
+        metrics,
         trouble: Once::default(),
     };
+    agent.metrics.lxcfs(agent.up);
     // What an lxcfs left that ended while no agent looked.
     agent.sweep_dead();
     let mut resync = tokio::time::interval_at((Instant::now() + RESYNC).into(), RESYNC);
@@ -105,6 +127,7 @@ pub async fn run(
                 agent.waiting.push((started.id.clone(), answer));
                 agent.state.update(Update::Started(started, Trigger::Nri), Instant::now());
             }
+            Some(answer) = asks.recv() => drop(answer.send(agent.snapshot())),
             Some(update) = updates.recv() => agent.state.update(update, Instant::now()),
             Some(told) = told.recv() => agent.told(told),
             () = wake => {}
@@ -136,6 +159,11 @@ struct Loop {
     before: Vec<Before>,
     /// Containers that the runtime does not start until they are answered.
     waiting: Vec<(ContainerId, oneshot::Sender<()>)>,
+    /// lxcfs serves, as far as is known.
+    up: bool,
+    /// When another lxcfs came to serve, until every view is current.
+    changed: Option<Instant>,
+    metrics: Arc<Metrics>,
     trouble: Once,
 }
 
@@ -170,6 +198,12 @@ impl Loop {
         }
         for (trigger, took) in self.state.take_latencies() {
             tracing::debug!(?trigger, ?took, "view in place");
+            self.metrics.injected(trigger, took);
+        }
+        if self.state.is_at_rest()
+            && let Some(changed) = self.changed.take()
+        {
+            self.metrics.remounted(changed.elapsed());
         }
         if self.state.running() == 0 && self.source.take().is_some() {
             self.state.lxcfs_released();
@@ -182,10 +216,14 @@ impl Loop {
 
     fn told(&mut self, told: Told) {
         match told {
-            Told::Finished(id, finished) => self.state.finished(&id, finished, Instant::now()),
+            Told::Finished { id, finished, wish, took } => {
+                self.count(&finished, wish, took);
+                self.state.finished(&id, finished, Instant::now());
+            }
             Told::Lxcfs(generation, _) if generation != self.generation => {}
             Told::Lxcfs(_, Ok(found)) => {
                 self.trouble.over("lxcfs serves again");
+                self.is_up(true);
                 self.source = Some(found);
                 self.state.lxcfs_found(Ok(()), Instant::now());
             }
@@ -194,6 +232,7 @@ impl Loop {
                     self.sweep_dead();
                 }
                 self.trouble.warn("views wait for lxcfs", &e);
+                self.is_up(false);
                 self.state.lxcfs_found(Err(e.to_string()), Instant::now());
             }
             Told::Changed(change) => self.lxcfs_changed(change),
@@ -202,12 +241,50 @@ impl Loop {
         }
     }
 
+    fn is_up(&mut self, up: bool) {
+        self.up = up;
+        self.metrics.lxcfs(up);
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let no_lxcfs = (!self.up).then_some("no lxcfs serves");
+        let waits_for = self.state.waits_for().or(no_lxcfs).map(str::to_owned);
+        Snapshot { waits_for, containers: self.state.known() }
+    }
+
+    /// Counts what an operation did, each kind once; one that failed at once counts as what it was for.
+    fn count(&self, finished: &Finished, wish: Wish, took: Duration) {
+        let (done, result) = match finished {
+            Finished::Done { done, .. } => (done.as_slice(), OperationResult::Success),
+            Finished::Failed { done, .. } => (done.as_slice(), OperationResult::Failure),
+            Finished::Hangs { .. } => (&[][..], OperationResult::Failure),
+            Finished::Later | Finished::Unsupported { .. } => return,
+        };
+        let kind = |step: &Step| match step {
+            Step::Inject(_) => Operation::Inject,
+            Step::Remove(..) => Operation::Remove,
+            Step::Swap(..) | Step::Adopt(..) => Operation::Remount,
+        };
+        let mut kinds: Vec<Operation> = done.iter().map(kind).collect();
+        if kinds.is_empty() && result == OperationResult::Failure {
+            kinds.push(if wish == Wish::Nothing { Operation::Remove } else { Operation::Inject });
+        }
+        kinds.sort_unstable();
+        kinds.dedup();
+        kinds.into_iter().for_each(|kind| self.metrics.operation(kind, result, took));
+    }
+
     fn lxcfs_changed(&mut self, change: Change) {
         tracing::info!(?change, "lxcfs changed");
         self.generation += 1;
         if let Some(source) = self.source.take() {
             self.before.push(Before { dev: source.dev, held: Arc::downgrade(&source), gone: false });
         }
+        if let Change::Mounted(Some(_)) = change {
+            self.metrics.lxcfs_restarted();
+            self.changed = Some(Instant::now());
+        }
+        self.is_up(matches!(change, Change::Mounted(Some(_))));
         let gone = match change {
             Change::Mounted(_) => None,
             Change::Ended { was, supervised } => Some((was, supervised)),
@@ -267,11 +344,13 @@ impl Effects {
         });
     }
 
-    /// The same for every lxcfs that does not answer.
+    /// The same for every lxcfs that is gone, and for the one at our path if it hangs.
     fn sweep_dead(&self) {
-        let Effects { workers, tell, .. } = self.clone();
+        let Effects { workers, finder, tell, .. } = self.clone();
         tokio::spawn(async move {
-            told(node::sweep_dead(&workers, None).await);
+            let hangs = matches!(finder.find(&workers).await, Err(lxcfs::Error::Hung { .. }));
+            let hung = lxcfs::mounted(finder.path()).filter(|_| hangs).map(|identity| identity.dev);
+            told(node::sweep_dead(&workers, hung).await);
             let _ = tell.send(Told::Swept).await;
         });
     }
@@ -300,7 +379,8 @@ impl Effects {
             tracing::debug!(container = name, ?finished, took = ?begun.elapsed(), "end");
             // One that hangs holds no place of others.
             drop(permit);
-            let _ = tell.send(Told::Finished(id.clone(), finished)).await;
+            let took = begun.elapsed();
+            let _ = tell.send(Told::Finished { id: id.clone(), finished, wish, took }).await;
             let finished = match late {
                 None => return,
                 Some(Some(late)) => match late.await {
@@ -311,7 +391,7 @@ impl Effects {
                 Some(None) => Finished::Later,
             };
             tracing::debug!(container = name, ?finished, took = ?begun.elapsed(), "late end");
-            let _ = tell.send(Told::Finished(id, finished)).await;
+            let _ = tell.send(Told::Finished { id, finished, wish, took: begun.elapsed() }).await;
         });
     }
 }

@@ -11,7 +11,11 @@ use crate::{
     plan::{LeftOut, Step, Wish},
     pods::{Pod, Started, Trigger, Update},
     policy::{self, Problem},
-    report::events::{PodEvent, PodRef, Reason},
+    report::{
+        events::{PodEvent, PodRef, Reason},
+        http::Known,
+        metrics::ContainerState,
+    },
     runtime::ContainerId,
     view::{FileSet, ViewFile},
 };
@@ -201,11 +205,13 @@ impl State {
             }
             Update::Started(started, trigger) => self.started(started, trigger, now),
             Update::Ended(id) => self.ended(&id),
-            Update::Running(running, trigger) => {
+            Update::Running { running, by, asked } => {
                 let known: HashSet<&ContainerId> = running.iter().map(|started| &started.id).collect();
-                let gone: Vec<ContainerId> = self.early.keys().filter(|id| !known.contains(id)).cloned().collect();
+                // One that has started since is not in the list.
+                let gone = |(id, early): &(&ContainerId, &Early)| early.since.1 < asked && !known.contains(id);
+                let gone: Vec<ContainerId> = self.early.iter().filter(gone).map(|(id, _)| id.clone()).collect();
                 gone.iter().for_each(|id| self.ended(id));
-                running.into_iter().for_each(|started| self.started(started, trigger, now));
+                running.into_iter().for_each(|started| self.started(started, by, now));
             }
         }
     }
@@ -445,6 +451,52 @@ impl State {
     /// How long each view took since the last call, from who told of it first to its being in place.
     pub fn take_latencies(&mut self) -> Vec<(Trigger, Duration)> {
         std::mem::take(&mut self.latencies)
+    }
+
+    /// Why nothing can be decided yet.
+    pub fn waits_for(&self) -> Option<&'static str> {
+        match (self.pods_listed, self.namespaces_listed) {
+            (false, _) => Some("the pods are not listed yet"),
+            (true, false) => Some("the namespaces are not listed yet"),
+            (true, true) => None,
+        }
+    }
+
+    /// The containers that want a view, or may.
+    pub fn known(&self) -> Vec<Known> {
+        let known = |(id, c): (&ContainerId, &Container)| {
+            let pod = &self.pods.get(&c.pod)?.pod;
+            let (wish, state) = match c.wish {
+                Wish::Nothing => return None,
+                Wish::Keep if self.pods[&c.pod].problems.is_empty() => return None,
+                Wish::Keep => ("keep".to_owned(), ContainerState::Skipped),
+                Wish::Files(files) | Wish::Add(files) => {
+                    let wish = if files == FileSet::ALL { "all".to_owned() } else { files.to_string() };
+                    let state = match (c.settled == Some(c.wish), &c.told) {
+                        (true, None) => ContainerState::Injected,
+                        (true, Some(_)) => ContainerState::Skipped,
+                        (false, Some(_)) => ContainerState::Failed,
+                        (false, None) => ContainerState::Pending,
+                    };
+                    (wish, state)
+                }
+            };
+            Some(Known {
+                namespace: pod.namespace.clone(),
+                pod: pod.name.clone(),
+                container: c.name.clone(),
+                id: id.clone(),
+                state,
+                wish,
+                why: c.told.clone(),
+            })
+        };
+        self.containers.iter().filter_map(known).collect()
+    }
+
+    /// Whether every view that is wished is in place, or nothing can be done about it now.
+    pub fn is_at_rest(&self) -> bool {
+        self.containers.values().all(|c| c.running.is_none() && (!c.waits() || c.retry.is_some()))
     }
 
     /// Operations that run now.

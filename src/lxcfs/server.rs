@@ -3,7 +3,7 @@
 use std::{os::unix::fs::MetadataExt, path::Path};
 
 use super::Identity;
-use crate::mount::Process;
+use crate::{mount::Process, plan::Dev};
 
 /// A process that holds /dev/fuse.
 struct Fuse {
@@ -53,9 +53,10 @@ pub(super) fn serving(identity: Identity, path: &Path) -> Option<Process> {
     Process::open(i64::from(all().find(serves)?.pid)).ok()
 }
 
-/// Every lxcfs that was started to serve at this path in our mount namespace, whether its mount is still there or not. One of
-/// another mount namespace is somebody else's, though its path is called the same.
-pub(super) fn started_at(path: &Path) -> Vec<Process> {
+/// Every lxcfs that was started to serve at this path in our mount namespace, whether its mount is still there or not, and its
+/// device where the kernel tells. One of another mount namespace is somebody else's, though its path is called the same.
+pub(super) fn started_at(path: &Path) -> Vec<(Process, Option<Dev>)> {
     let ours = all().filter(|fuse| fuse.in_our_mount_namespace() && fuse.is_lxcfs_at(path));
-    ours.filter_map(|fuse| Process::open(i64::from(fuse.pid)).ok()).collect()
+    let dev = |fuse: &Fuse| fuse.connection.map(|minor| Dev { major: 0, minor });
+    ours.filter_map(|fuse| Some((Process::open(i64::from(fuse.pid)).ok()?, dev(&fuse)))).collect()
 }

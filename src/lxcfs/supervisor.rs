@@ -84,6 +84,20 @@ enum Ended {
     Told,
 }
 
+/// Those who served at our path before us, and answer still.
+struct Predecessors {
+    processes: Vec<(Process, Option<Dev>)>,
+    /// The one that was mounted.
+    mounted: Option<Dev>,
+}
+
+impl Predecessors {
+    /// Whether views of this lxcfs are theirs. On a kernel that does not tell a process's device that may be any.
+    fn may_be(&self, dev: Dev) -> bool {
+        self.mounted == Some(dev) || self.processes.iter().any(|(_, of)| of.is_none_or(|of| of == dev))
+    }
+}
+
 struct Signals {
     terminate: tokio::signal::unix::Signal,
     interrupt: tokio::signal::unix::Signal,
@@ -206,19 +220,26 @@ impl Supervisor {
 
     /// Cleans up after predecessors. One that answers still is unmounted here but goes on answering in containers, until the new
     /// one has taken over; such are returned.
-    async fn prepare(&self, sweepers: &Workers) -> Result<Vec<Process>, Error> {
-        let mut predecessors = server::started_at(&self.path);
-        if mounted(&self.path).is_none() {
+    async fn prepare(&self, sweepers: &Workers) -> Result<Predecessors, Error> {
+        let mut predecessors = Predecessors { processes: server::started_at(&self.path), mounted: None };
+        let mut hung = None;
+        if let Some(Identity { dev, .. }) = mounted(&self.path) {
+            match Finder::new(&self.path).find(sweepers).await {
+                Ok(_) => predecessors.mounted = Some(dev),
+                Err(e) => {
+                    tracing::info!("a predecessor left its mount: {e}");
+                    predecessors.processes.drain(..).for_each(|(process, _)| kill(&process));
+                    hung = Some(dev);
+                }
+            }
+        } else {
             std::fs::create_dir_all(&self.path).map_err(|cause| Error::Path { path: self.path.clone(), cause })?;
-        } else if let Err(e) = Finder::new(&self.path).find(sweepers).await {
-            tracing::info!("a predecessor left its mount: {e}");
-            predecessors.drain(..).for_each(|process| kill(&process));
         }
         self.unmount_all();
-        for process in &predecessors {
+        for (process, _) in &predecessors.processes {
             tracing::info!(pid = process.pid(), "a predecessor runs still and will be replaced");
         }
-        match node::sweep_dead(sweepers, None).await {
+        match node::sweep_dead(sweepers, hung).await {
             Ok(swept) if swept.files > 0 => tracing::info!(%swept, "dead views of a predecessor are gone"),
             Ok(_) => {}
             Err(e) => tracing::warn!("dead views could not be looked for: {e}"),
@@ -269,20 +290,24 @@ impl Supervisor {
         }
     }
 
-    /// Views of an lxcfs before this one, where that one answers still, are swapped; then that one is ended. When this one hangs or
-    /// dies already, that is left to the next.
-    async fn make_current(&self, sweepers: &Workers, askers: &Workers, predecessors: &mut Vec<Process>) {
+    /// Views of predecessors that answer still are swapped; then those are ended. When this one hangs or dies already, that is left to
+    /// the next.
+    async fn make_current(&self, sweepers: &Workers, askers: &Workers, predecessors: &mut Predecessors) {
+        if predecessors.processes.is_empty() && predecessors.mounted.is_none() {
+            return;
+        }
         let Ok(source) = Finder::new(&self.path).find(askers).await else { return };
-        match node::refresh(sweepers, &source).await {
+        match node::refresh(sweepers, &source, |dev| predecessors.may_be(dev)).await {
             Ok(swapped) if swapped.files > 0 => tracing::info!(%swapped, "views are current"),
             Ok(_) => {}
             Err(e) => return tracing::warn!("views of an earlier lxcfs could not be looked for: {e}"),
         }
         drop(source);
-        if !predecessors.is_empty() {
+        predecessors.mounted = None;
+        if !predecessors.processes.is_empty() {
             tokio::time::sleep(DRAIN).await;
         }
-        for process in predecessors.drain(..) {
+        for (process, _) in predecessors.processes.drain(..) {
             kill(&process);
             tracing::info!(pid = process.pid(), "the predecessor has ended");
         }

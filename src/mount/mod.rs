@@ -146,16 +146,35 @@ pub async fn observe(workers: &Workers, process: Arc<Process>) -> Result<There, 
     looked.unwrap_or_else(|late| Err(late.error.into()))
 }
 
-/// Whether the lxcfs behind a view file answers: the file is opened. One that hangs does not answer.
-pub async fn answers(workers: &Workers, process: Arc<Process>, file: ViewFile) -> bool {
+/// What an lxcfs says when a view file of it is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    Answers,
+    /// Its process has ended.
+    Gone,
+    Hangs,
+    /// It could not be asked: the container has ended, or hides the file.
+    Unknown,
+}
+
+/// Asks the lxcfs behind a view file.
+pub async fn ask(workers: &Workers, process: Arc<Process>, file: ViewFile) -> Answer {
     let opens = move |inside: &Inside<'_>| {
-        let base = inside.base(file.base()).ok();
+        let Ok(base) = inside.base(file.base()) else { return Ok(Answer::Unknown) };
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-        let open = |base| rustix::fs::openat2(base, file.below_base(), flags, Mode::empty(), resolve).ok();
-        Ok(base.and_then(open).is_some())
+        Ok(match rustix::fs::openat2(base, file.below_base(), flags, Mode::empty(), resolve) {
+            Ok(_) => Answer::Answers,
+            // What a FUSE file system says whose process is gone (fuse(4)), and to those who waited for it meanwhile.
+            Err(rustix::io::Errno::NOTCONN | rustix::io::Errno::CONNABORTED) => Answer::Gone,
+            Err(_) => Answer::Unknown,
+        })
     };
-    matches!(workers.run(move |seat| seat.inside(&process, opens)).await, Ok(Ok(true)))
+    match workers.run(move |seat| seat.inside(&process, opens)).await {
+        Ok(Ok(answer)) => answer,
+        Err(Late { error: WorkError::Deadline(_), .. }) => Answer::Hangs,
+        _ => Answer::Unknown,
+    }
 }
 
 /// A namespace that another kube-lxcfs works on is waited for this often, this long each time: more than any visit takes.

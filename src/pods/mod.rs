@@ -5,6 +5,8 @@
 pub mod cri;
 pub mod kubernetes;
 
+use std::time::Instant;
+
 use crate::{policy::Annotations, runtime::ContainerId};
 
 /// A pod, reduced to what is decided by.
@@ -74,6 +76,6 @@ pub enum Update {
     Started(Started, Trigger),
     /// The runtime has ended or removed this container.
     Ended(ContainerId),
-    /// These are all the containers that the runtime knows to be created or running.
-    Running(Vec<Started>, Trigger),
+    /// These are all the containers that the runtime knew to be created or running at some moment after `asked`.
+    Running { running: Vec<Started>, by: Trigger, asked: Instant },
 }

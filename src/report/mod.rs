@@ -1,6 +1,8 @@
-//! What is told to people and programs: the log's «once» helper and the Events on pods.
+//! What is told to people and programs: the log's «once» helper, Events on pods, metrics, HTTP.
 
 pub mod events;
+pub mod http;
+pub mod metrics;
 
 use std::fmt::Display;
 

@@ -205,8 +205,9 @@ impl Cri {
         let missed = async {
             // What started while nobody listened. Asked for beside the stream, so that nothing falls between the two.
             tokio::time::sleep(EVENTS_RETRY.0).await;
+            let asked = Instant::now();
             match self.known().await {
-                Ok(known) => drop(updates.send(Update::Running(known, Trigger::Cri)).await),
+                Ok(running) => drop(updates.send(Update::Running { running, by: Trigger::Cri, asked }).await),
                 Err(e) => tracing::debug!("what runs cannot be listed: {e}"),
             }
         };

@@ -61,7 +61,7 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn start(command: &mut Command, log: &Path) -> Running {
-        let out = fs::File::create(log).unwrap();
+        let out = fs::OpenOptions::new().create(true).append(true).open(log).unwrap();
         command.stdin(Stdio::null()).stdout(out.try_clone().unwrap()).stderr(out).process_group(0);
         let child = command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}"));
         Running { child, log: Some(log.to_owned()) }
@@ -174,6 +174,16 @@ impl Supervised {
     pub(crate) fn start(args: &[&str]) -> Supervised {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lxcfs");
+        Supervised::with(path, dir, args)
+    }
+
+    #[allow(dead_code, reason = "for the tests")]
+    /// At a path of the caller's.
+    pub(crate) fn at(path: &Path) -> Supervised {
+        Supervised::with(path.to_owned(), tempfile::tempdir().unwrap(), &[])
+    }
+
+    fn with(path: PathBuf, dir: TempDir, args: &[&str]) -> Supervised {
         let args: Vec<String> = args.iter().map(|s| (*s).to_owned()).collect();
         let supervisor = Supervised::spawn(&path, dir.path(), &args);
         let supervised = Supervised { path, supervisor, dir, args, former: Vec::new() };
@@ -327,7 +337,10 @@ impl Reader {
             if cgroup.join(limit).exists() {
                 fs::write(cgroup.join(limit), (READER_MIB << 20).to_string()).unwrap();
             }
-            fs::write(cgroup.join("cgroup.procs"), reader.bare.pid.to_string()).unwrap();
+            // unshare(1) is in the namespace too.
+            for pid in [reader.bare.pid, reader.bare.unshare.pid()] {
+                fs::write(cgroup.join("cgroup.procs"), pid.to_string()).unwrap();
+            }
         }
         reader
     }
@@ -516,7 +529,7 @@ pub(crate) fn error_line(output: &Output) -> String {
 /// Runs the agent until the end of the test.
 pub(crate) fn agent(dir: &Path, args: &[&str], env: &[(&str, &str)]) -> Running {
     let mut command = kube_lxcfs();
-    command.arg("agent").args(args);
+    command.arg("agent").args(["--listen", "127.0.0.1:0"]).args(args);
     if std::env::var_os("RUST_LOG").is_none() {
         command.env("RUST_LOG", "kube_lxcfs=debug");
     }
@@ -932,6 +945,22 @@ fn kill_cgroup(cgroup: &str) {
     for hierarchy in fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
         remove(&hierarchy.path().join(name));
     }
+}
+
+/// What the agent's HTTP answers: the status and the body.
+#[allow(dead_code, reason = "for the tests")]
+pub(crate) fn get(agent: &Running, path: &str) -> (u16, String) {
+    let address = eventually("the agent listens", || {
+        let log = agent.log();
+        let (_, after) = log.split_once("HTTP address=").ok_or_else(|| log.clone())?;
+        Ok::<_, String>(after.lines().next().unwrap_or_default().trim().to_owned())
+    });
+    let mut stream = std::net::TcpStream::connect(&address).unwrap();
+    std::io::Write::write_all(&mut stream, format!("GET {path} HTTP/1.0\r\nHost: x\r\n\r\n").as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
 }
 
 /// Reads a file to its end or to an error, as text.

@@ -12,6 +12,7 @@ mod command_line;
 mod containers;
 mod harness;
 mod hook;
+mod http;
 mod isolation;
 mod kubernetes;
 mod restart;

@@ -126,7 +126,7 @@ fn nri_that_is_required_and_not_there_is_an_error_and_else_it_is_quiet() {
     let socket = dir.path().join("nri.sock");
     let path = socket.to_str().unwrap();
     let cri = format!("unix://{}/none", dir.path().display());
-    let args = ["agent", "--pods-from", "cri", "--cri-endpoint", &cri, "--nri-socket", path];
+    let args = ["agent", "--listen", "127.0.0.1:0", "--pods-from", "cri", "--cri-endpoint", &cri, "--nri-socket", path];
     let refused = || {
         let ended = run(&[&args[..], &["--nri", "required"]].concat());
         assert_eq!(ended.status.code(), Some(1));

@@ -166,7 +166,8 @@ fn one_start_is_one_operation_and_one_event_whoever_tells_of_it() {
     state.update(Update::Started(started("p", Some("true"), 1), Trigger::Nri), now);
     state.finished(&id(1), done([Step::Inject(ViewFile::Meminfo)]), now);
     state.update(Update::Pod(pod("p", Some("true"), [Some(1), None])), now);
-    state.update(Update::Running(vec![started("p", Some("true"), 1)], Trigger::Cri), now);
+    let running = vec![started("p", Some("true"), 1)];
+    state.update(Update::Running { running, by: Trigger::Cri, asked: now }, now);
     assert_eq!(state.due(now), Due::default());
     assert_eq!(state.take_events().len(), 1);
     assert_eq!(state.take_latencies().len(), 1);
@@ -180,7 +181,12 @@ fn what_has_ended_before_the_watch_told_of_it_is_forgotten() {
         state.update(Update::Started(started("p", Some("true"), n), Trigger::Nri), now);
     }
     state.update(Update::Ended(id(1)), now);
-    state.update(Update::Running(vec![started("p", Some("true"), 3)], Trigger::Nri), now);
+    // A list from before the start says nothing of it; the one after it does.
+    let list = |asked| Update::Running { running: vec![started("p", Some("true"), 3)], by: Trigger::Nri, asked };
+    state.update(list(now), now);
+    assert_eq!(state.early.len(), 2);
+    state.update(list(now + Duration::from_millis(1)), now);
+    assert_eq!(state.early.len(), 1);
     state.due(now);
     state.lxcfs_found(Ok(()), now);
     assert_eq!(ids(&state.due(now)), ["id3"]);
@@ -338,7 +344,10 @@ impl Node {
                         Some(Started { pod, name, id: c.id.clone()?, pid: None })
                     })
                 });
-                self.state.update(Update::Running(running.collect(), Trigger::Nri), self.now);
+                let running = running.collect();
+                // Asked for after whatever came before.
+                let asked = self.now + Duration::from_nanos(1);
+                self.state.update(Update::Running { running, by: Trigger::Nri, asked }, self.now);
             }
             Happens::Delete(n) => {
                 self.ids += 1;

@@ -171,7 +171,8 @@ async fn session(socket: &Path, tell: &Tell, registered: &mut bool, trouble: &mu
 
     let patience = tokio::time::sleep(REGISTRATION_TIMEOUT);
     tokio::pin!(patience);
-    let mut calls = Calls { tell, timeout: REQUEST_TIMEOUT, parts: HashMap::new(), running: Vec::new() };
+    let mut calls =
+        Calls { tell, begun: Instant::now(), timeout: REQUEST_TIMEOUT, parts: HashMap::new(), running: Vec::new() };
     let mut answers: FuturesUnordered<BoxFuture<'_, Packet>> = FuturesUnordered::new();
     let (mut raw, mut asked, mut answered) = (BytesMut::new(), BytesMut::new(), BytesMut::new());
     loop {
@@ -222,6 +223,7 @@ fn accepted(response: &Bytes) -> Result<(), Error> {
 /// The plugin's service.
 struct Calls<'a> {
     tell: &'a Tell,
+    begun: Instant,
     timeout: Duration,
     /// What `Synchronize` told so far: pods by id, then containers.
     parts: HashMap<String, Pod>,
@@ -248,7 +250,8 @@ impl<'a> Calls<'a> {
                 let more = part.more;
                 let told = self.synchronize(part);
                 let answer = response(stream, &wire::SynchronizeResponse { more });
-                self.then(told.map(|running| Update::Running(running, Trigger::Nri)), answer)
+                let asked = self.begun;
+                self.then(told.map(|running| Update::Running { running, by: Trigger::Nri, asked }), answer)
             }
             "StateChange" => {
                 let StateChangeEvent { event, pod, container } =

@@ -1,0 +1,30 @@
+//! The bytes of an NRI socket, in pieces: frames, and ttrpc messages within them. Nothing longer than a frame is ever kept.
+#![no_main]
+
+use bytes::BytesMut;
+use kube_lxcfs::runtime::nri::wire::{Frame, LONGEST_FRAME, Packet};
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|data: &[u8]| {
+    let (mut socket, mut stream) = (BytesMut::new(), BytesMut::new());
+    for piece in data.chunks(13) {
+        socket.extend_from_slice(piece);
+        loop {
+            match Frame::decode(&mut socket) {
+                Ok(Some(frame)) => {
+                    let mut again = BytesMut::new();
+                    frame.encode(&mut again);
+                    assert_eq!(Frame::decode(&mut again), Ok(Some(frame.clone())));
+                    stream.extend_from_slice(&frame.payload);
+                }
+                Ok(None) => break,
+                Err(_) => return,
+            }
+        }
+        while let Ok(Some(packet)) = Packet::decode(&mut stream) {
+            let mut again = BytesMut::from(&packet.frame(1).payload[..]);
+            assert_eq!(Packet::decode(&mut again), Ok(Some(packet)));
+        }
+        assert!(socket.capacity() <= 4 * (data.len() + 64) && stream.len() <= LONGEST_FRAME);
+    }
+});
