@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs from the distribution what building, testing or the demo needs and this machine lacks.
-#   hack/deps.sh build|demo|test|kubernetes|lint ...
+#   hack/deps.sh build|demo|test|kubernetes|cluster|image|lint ...
 # What is there already is left as it is, whoever put it there. Services of new packages are not started.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
@@ -12,8 +12,10 @@ packages_of() {
     demo) echo "lxcfs lxcfs" "containerd containerd" "runc runc" "ctr containerd" "busybox busybox-static" "pgrep procps" ;;
     test) echo "etcd etcd-server" "unshare util-linux" "openssl openssl" "kubectl kubernetes-client" "podman podman" "crun crun" ;;
     kubernetes) echo "go golang-go" "dpkg-source dpkg-dev" "rsync rsync" "make make" ;;
+    cluster) echo "ip iproute2" "iptables iptables" "conntrack conntrack" "socat socat" "nsenter util-linux" "python3 python3" "/usr/lib/cni/bridge containernetworking-plugins" ;;
+    image) echo "buildah buildah" "mmdebstrap mmdebstrap" ;;
     lint) echo "shellcheck shellcheck" ;;
-    *) fail "hack/deps.sh: unknown set '$1' (build, demo, test, kubernetes, lint)" ;;
+    *) fail "hack/deps.sh: unknown set '$1' (build, demo, test, kubernetes, cluster, image, lint)" ;;
     esac
 }
 

@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# Sees to it that a kube-apiserver and an etcd are there, and prints the folder of kube-apiserver on stdout.
+# Sees to it that a kube-apiserver is there, or with `all` also the other parts of a node and a control plane, and prints their
+# folder on stdout.
 # In this order: $KUBEBUILDER_ASSETS (envtest's convention), PATH, the cache, and else it is built from the
-# distribution's source package `kubernetes` (Debian 12: 1.20.2 with its vendored modules; about 5 minutes).
+# distribution's source package `kubernetes` (Debian 12: 1.20.2 with its vendored modules; 5 to 8 minutes).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"
 
 components=(kube-apiserver)
+case ${1-} in
+'') ;;
+all) components+=(kube-controller-manager kube-scheduler kubelet) ;;
+*) fail "usage: hack/kubernetes.sh [all]" ;;
+esac
 version=1.20.2
 built="$CACHE/kubernetes-$version"
 
@@ -15,7 +21,7 @@ all_in() {
     for c in "${components[@]}"; do [ -x "$1/$c" ] || return 1; done
 }
 
-if [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
+if [ -n "${KUBEBUILDER_ASSETS:-}" ] && [ $# = 0 ]; then
     all_in "$KUBEBUILDER_ASSETS" || fail "KUBEBUILDER_ASSETS=$KUBEBUILDER_ASSETS lacks ${components[*]}"
     echo "$KUBEBUILDER_ASSETS"
     exit
@@ -46,7 +52,7 @@ build() {
     sources "$work/parts"
     apt=(-q -o "Dir::Etc::sourcelist=/dev/null" -o "Dir::Etc::sourceparts=$work/parts" -o "Dir::State::Lists=$work/lists"
         -o "APT::Sandbox::User=root")
-    say "building kube-apiserver $version from the distribution's source package, once (log: $log)"
+    say "building ${components[*]} $version from the distribution's source package, once (log: $log)"
     (
         cd "$work"
         apt-get "${apt[@]}" update || true
@@ -63,7 +69,7 @@ build() {
         mv "$built.new" "$built"
     ) >"$log" 2>&1 || {
         tail -30 "$log" >&2
-        fail "kube-apiserver could not be built (whole output: $log); set KUBEBUILDER_ASSETS to a folder that has one"
+        fail "${components[*]} could not be built (whole output: $log); put them on PATH"
     }
 }
 

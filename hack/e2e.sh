@@ -1,0 +1,244 @@
+#!/usr/bin/env bash
+# The whole thing on a whole cluster: image from the Dockerfile, helm, pods, everything that dies, uninstall.
+# On a cluster of its own, made and ended here (root).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. hack/lib.sh
+
+need_root "a cluster"
+if [ "${KUBE_LXCFS_IN_NAMESPACE-}" != 1 ]; then
+    hack/deps.sh build demo test cluster image
+    hack/kubernetes.sh all >/dev/null
+    hack/debian.sh trixie containerd >/dev/null
+    hack/image.sh >/dev/null
+    hack/helm.sh >/dev/null
+    # A folder of the host is shared with pods only where the root is shared; lxcfs 6 wants to look at process 1, which some
+    # machines lock away; and whatever happens, no process survives its pid namespace.
+    exec env KUBE_LXCFS_IN_NAMESPACE=1 unshare --mount --propagation shared --pid --fork --kill-child --mount-proc "$0" "$@"
+fi
+
+PATH="$(hack/helm.sh):$PATH"
+image=localhost/kube-lxcfs
+# The image of an earlier run serves again while nothing that is in it changed.
+inputs=$(find Dockerfile .dockerignore Cargo.toml Cargo.lock src -type f -print0 | sort -z | xargs -0 sha256sum)
+archive="$CACHE/kube-lxcfs-$(echo "$inputs" | sha256sum | cut -c1-12).tar"
+if [ ! -f "$archive" ]; then
+    rm -f "$CACHE"/kube-lxcfs-*.tar
+    hack/build-image.sh "$image:e2e" "$archive"
+fi
+
+dir=$(mktemp -d /tmp/kle2e.XXXXXX)
+host=$dir/host
+export KUBECONFIG=$dir/kubeconfig
+began=$SECONDS
+result=failed
+end() {
+    if [ "$result" = failed ]; then
+        kubectl get pods -A -o wide 2>/dev/null | head -40 >&2 || true
+        kubectl -n kube-lxcfs logs -l app.kubernetes.io/component=agent --tail=25 2>/dev/null >&2 || true
+        kubectl -n kube-lxcfs logs -l app.kubernetes.io/component=lxcfs --tail=15 2>/dev/null | grep -v "^lxcfs: " >&2 || true
+    fi
+    hack/cluster.sh down "$dir"
+    say "e2e: $result after $((SECONDS - began)) s"
+}
+trap end EXIT
+trap 'exit 130' INT TERM
+
+# step WHAT
+step() { say "[$((SECONDS - began)) s] $*"; }
+
+# eventually SECONDS WHAT COMMAND...
+eventually() {
+    local n=$(($1 * 5)) what=$2
+    shift 2
+    while ! "$@" >/dev/null 2>&1; do
+        n=$((n - 1))
+        [ $n -gt 0 ] || fail "$what: not so"
+        sleep 0.2
+    done
+}
+
+# shellcheck disable=SC2016 # the pod's shell
+mem_of() { kubectl exec "$1" -- sh -c 'read -r _ kib _ </proc/meminfo; echo $kib'; }
+own() { [ "$(mem_of "$1")" = 65536 ]; }
+foreign() { [ "$(mem_of "$1")" = "$node_mem" ]; }
+of_app() { kubectl get pods -l "app=$1" --field-selector=status.phase=Running -o name; }
+all() { local pod; for pod in $(of_app "$2"); do "$1" "$pod" || return 1; done; }
+errors_of() { kubectl exec "$1" -- sh -c 'wc -l </tmp/errors'; }
+errors() { local pod sum=0; for pod in $(of_app in); do sum=$((sum + $(errors_of "$pod"))); done; echo $sum; }
+forget_errors() { local pod; for pod in $(of_app in); do kubectl exec "$pod" -- sh -c ': >/tmp/errors'; done; }
+pod_of() { kubectl -n kube-lxcfs get pods -l "app.kubernetes.io/component=$1" -o name; }
+metric() { python3 -c 'import sys,urllib.request
+text=urllib.request.urlopen("http://127.0.0.1:"+sys.argv[1]+"/metrics",timeout=5).read().decode()
+print(next((l.split()[-1] for l in text.splitlines() if l.split(" ")[0]==sys.argv[2]),"none"))' "$port" "$1"; }
+installed_images() { kubectl -n kube-lxcfs get "daemonset/kube-lxcfs-$1" -o 'jsonpath={.spec.template.spec.containers[0].image}'; }
+ready() { kubectl -n kube-lxcfs rollout status "daemonset/kube-lxcfs-$1" --timeout="${2:-90s}" >/dev/null; }
+
+deployment() {
+    # Each pod reads all the while and counts what fails.
+    kubectl apply -f - <<EOF >/dev/null
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: $1}
+spec:
+  replicas: $2
+  selector: {matchLabels: {app: $1}}
+  template:
+    metadata: {labels: {app: $1}, annotations: {$3}}
+    spec:
+      terminationGracePeriodSeconds: 0
+      containers:
+        - name: app
+          image: $image/busybox:1
+          imagePullPolicy: Never
+          command: [sh, -c, "head -1 /proc/meminfo >/tmp/first; : >/tmp/errors; while :; do cat /proc/meminfo /proc/uptime >/dev/null 2>>/tmp/errors; sleep 0.05; done"]
+          resources: {requests: {cpu: 10m, memory: 64Mi}, limits: {cpu: 500m, memory: 64Mi}}
+EOF
+    kubectl rollout status "deployment/$1" --timeout=90s >/dev/null
+}
+
+values=(--namespace kube-lxcfs --create-namespace --wait --timeout 3m
+    --set "image.repository=$image,image.tag=e2e,image.pullPolicy=Never,hostPath=$host"
+    --set "runtime.criSocketDir=$dir/run,nri.socketDir=$dir/run"
+    --set "test.image=$image/busybox:1,test.pullPolicy=Never")
+
+install() {
+    helm upgrade --install kube-lxcfs charts/kube-lxcfs "${values[@]}" "$@" >"$dir/helm.log" 2>&1 ||
+        fail "helm: $(tail -n 3 "$dir/helm.log")"
+}
+
+nothing_left() {
+    ! grep -q "$host" /proc/self/mountinfo || fail "a mount is left: $(grep "$host" /proc/self/mountinfo)"
+    [ ! -e "$host" ] || fail "a folder is left: $(find "$host")"
+    ! pgrep -f "lxcfs.*$host" >/dev/null || fail "a process is left: $(pgrep -af "lxcfs.*$host")"
+    local pid
+    for pid in /proc/[0-9]*; do
+        ! grep -qs "noexec,noatime.* - fuse.lxcfs " "$pid/mountinfo" || fail "a view is left in $pid: $(tr '\0' ' ' <"$pid/cmdline")"
+    done
+}
+
+step "a node and its control plane"
+hack/cluster.sh up "$dir"
+read -r _ api _ _ _ _ _ <"$dir/ports"
+port=$(python3 -c 'import socket; s=socket.socket(); s.bind(("127.0.0.1",0)); print(s.getsockname()[1])')
+# There is neither kube-proxy nor DNS here.
+values+=(--set "agent.hostNetwork=true,agent.listenAddress=127.0.0.1,agent.port=$port"
+    --set "agent.extraEnv[0].name=KUBERNETES_SERVICE_HOST,agent.extraEnv[0].value=127.0.0.1"
+    --set-string "agent.extraEnv[1].name=KUBERNETES_SERVICE_PORT,agent.extraEnv[1].value=$api")
+node_mem=$(awk '/^MemTotal:/ { print $2 }' /proc/meminfo)
+ctr=$(hack/debian.sh trixie containerd)/usr/bin/ctr
+"$ctr" -a "$dir/run/containerd.sock" -n k8s.io images import "$archive" >/dev/null
+"$ctr" -a "$dir/run/containerd.sock" -n k8s.io images tag "$image:e2e" "$image:e2e-2" >/dev/null
+
+step "helm install"
+deployment before 1 'kube-lxcfs.io/inject: "true"'
+install
+ready agent
+ready lxcfs
+
+step "pods that opt in see their own memory, others the node's"
+deployment in 3 'kube-lxcfs.io/inject: "true"'
+deployment out 2 ''
+eventually 20 "3 pods see their own" all own in
+eventually 20 "a pod from before the installation sees its own" all own before
+all foreign out || fail "a pod that did not opt in sees something else than the node's"
+for pod in $(of_app in); do
+    kubectl exec "$pod" -- cat /tmp/first | grep -q " 65536 kB" || fail "$pod: the first read was not its own: NRI is on"
+done
+eventually 10 "the Event" sh -c "kubectl describe pods -l app=in | grep -q 'LxcfsInjected.*view put into app'"
+eventually 10 "metrics agree" sh -c "[ \"\$(python3 -c 'import urllib.request; print(urllib.request.urlopen(\"http://127.0.0.1:$port/metrics\").read().decode())' | grep 'containers{state=\"injected\"}' | cut -d' ' -f2)\" = 4 ]"
+[ "$(metric kube_lxcfs_lxcfs_up)" = 1 ] || fail "lxcfs_up is $(metric kube_lxcfs_lxcfs_up)"
+
+step "annotations and labels of running pods"
+out=$(of_app out | head -1)
+kubectl annotate "$out" kube-lxcfs.io/inject=true >/dev/null
+eventually 5 "annotated: its own" own "$out"
+kubectl annotate "$out" kube-lxcfs.io/inject- >/dev/null
+eventually 5 "annotation away: the node's" foreign "$out"
+kubectl label namespace default kube-lxcfs.io/inject=true >/dev/null
+eventually 5 "namespace labelled: its own" all own out
+kubectl label namespace default kube-lxcfs.io/inject- >/dev/null
+eventually 5 "label away: the node's" all foreign out
+kubectl annotate "$out" kube-lxcfs.io/inject=yes >/dev/null
+eventually 5 "a warning names the annotation" sh -c "kubectl describe $out | grep -q \"LxcfsInvalidAnnotation.*'yes' is not understood\""
+kubectl annotate "$out" kube-lxcfs.io/inject- >/dev/null
+
+step "helm test"
+helm test kube-lxcfs --namespace kube-lxcfs >"$dir/helm.log" 2>&1 || fail "helm test: $(cat "$dir/helm.log")"
+kubectl -n kube-lxcfs delete pod kube-lxcfs-test >/dev/null
+
+step "the agent's pod is deleted: no view changes"
+forget_errors
+kubectl -n kube-lxcfs delete "$(pod_of agent)" >/dev/null
+ready agent
+all own in || fail "a view changed"
+[ "$(errors)" = 0 ] || fail "$(errors) errors"
+
+step "the lxcfs pod is deleted: no error, and views return"
+kubectl -n kube-lxcfs delete "$(pod_of lxcfs)" >/dev/null
+ready lxcfs
+eventually 20 "views are back" all own in
+[ "$(errors)" = 0 ] || fail "$(errors) errors"
+
+step "lxcfs is killed: views return by themselves"
+pkill -KILL -f "lxcfs -f .*$host"
+eventually 10 "views are back" all own in
+step "    $(errors) reads in 3 pods failed"
+forget_errors
+
+step "the agent is upgraded: lxcfs stays as it is"
+lxcfs_pod=$(pod_of lxcfs)
+install --set "image.tag=e2e-2,lxcfs.image.tag=e2e"
+ready agent
+[ "$(installed_images agent)" = "$image:e2e-2" ] || fail "the agent runs $(installed_images agent)"
+[ "$(pod_of lxcfs)" = "$lxcfs_pod" ] || fail "lxcfs was replaced too"
+all own in || fail "a view changed"
+[ "$(errors)" = 0 ] || fail "$(errors) errors"
+
+step "lxcfs is upgraded"
+install --set "image.tag=e2e-2,lxcfs.image.tag=e2e-2"
+ready lxcfs
+eventually 20 "views are back" all own in
+[ "$(errors)" = 0 ] || fail "$(errors) errors"
+
+step "containerd and kubelet restart"
+hack/cluster.sh stop "$dir" containerd
+hack/cluster.sh stop "$dir" kubelet
+hack/cluster.sh start "$dir" containerd
+hack/cluster.sh start "$dir" kubelet
+eventually 60 "the node is ready" sh -c "kubectl get nodes | grep -q ' Ready'"
+eventually 30 "pods can be entered" all own in
+[ "$(errors)" = 0 ] || fail "$(errors) errors"
+deployment later 1 'kube-lxcfs.io/inject: "true"'
+eventually 10 "a pod from after the restart" all own later
+kubectl exec "$(of_app later)" -- cat /tmp/first | grep -q " 65536 kB" || fail "NRI did not come back"
+
+step "pods made while lxcfs is away start, and get their view later"
+kubectl -n kube-lxcfs patch daemonset kube-lxcfs-lxcfs -p '{"spec":{"template":{"spec":{"nodeSelector":{"none":"such"}}}}}' >/dev/null
+eventually 60 "lxcfs is away" sh -c "! pgrep -f 'lxcfs -f .*$host'"
+deployment away 1 'kube-lxcfs.io/inject: "true"'
+all foreign away || fail "a view without lxcfs"
+kubectl -n kube-lxcfs patch daemonset kube-lxcfs-lxcfs --type=json -p '[{"op":"remove","path":"/spec/template/spec/nodeSelector"}]' >/dev/null
+ready lxcfs
+eventually 40 "it got its view" all own away
+eventually 10 "all others too" all own in
+
+step "the node reboots: everything is killed, mounts are gone, the same pods start again"
+hack/cluster.sh stop "$dir" kubelet
+hack/cluster.sh reboot "$dir"
+hack/cluster.sh start "$dir" containerd
+hack/cluster.sh start "$dir" kubelet
+eventually 90 "the node is ready" sh -c "kubectl get nodes | grep -q ' Ready'"
+eventually 90 "pods are up and see their own" sh -c "[ \$(kubectl get pods -l app=in --no-headers | grep -c Running) = 3 ]"
+eventually 60 "views are back" all own in
+all foreign out || fail "a pod that did not opt in sees something else than the node's"
+
+step "helm uninstall leaves nothing; ten times"
+for n in 1 2 3 4 5 6 7 8 9 10; do
+    helm uninstall kube-lxcfs --namespace kube-lxcfs --wait >/dev/null
+    eventually 60 "pods are gone" sh -c "! kubectl -n kube-lxcfs get pods --no-headers 2>/dev/null | grep -q ."
+    all foreign in || fail "a pod sees something else than the node's after the uninstallation"
+    nothing_left
+    [ "$n" = 10 ] || { install && eventually 20 "views are back" all own in; }
+done
+result=passed
