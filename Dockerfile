@@ -8,14 +8,14 @@ WORKDIR /src
 COPY . .
 ARG REVISION=unknown
 ENV KUBE_LXCFS_REVISION=${REVISION}
-RUN cargo build --locked --release --bin kube-lxcfs
+RUN cargo build --locked --release --bin kube-lxcfs && cp target/release/kube-lxcfs /usr/local/bin/
 
 FROM ${DEBIAN_IMAGE}
 # lxcfs and what it mounts with; its service is not started in a container.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends lxcfs \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*
-COPY --from=build /src/target/release/kube-lxcfs /usr/bin/kube-lxcfs
+COPY --from=build /usr/local/bin/kube-lxcfs /usr/bin/kube-lxcfs
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="kube-lxcfs" \

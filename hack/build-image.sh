@@ -16,7 +16,8 @@ if [ $# -ge 2 ]; then
     export STORAGE_DRIVER=vfs
     storage=(--root "$CACHE/images/root" --runroot "$CACHE/images/run")
     say "building $name"
-    buildah "${storage[@]}" bud --quiet --isolation chroot --pull=never --layers=false --format docker "${args[@]}" . >&2
+    mkdir -p "$CACHE/image-target"
+    buildah "${storage[@]}" bud --quiet --volume "$CACHE/image-target:/src/target" --isolation chroot --pull=never --layers=false --format docker "${args[@]}" . >&2
     rm -f "$2"
     buildah "${storage[@]}" push --quiet "$name" "docker-archive:$2:$name" >&2
     buildah "${storage[@]}" rmi "$name" >/dev/null

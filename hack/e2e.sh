@@ -58,6 +58,9 @@ eventually() {
     done
 }
 
+# Reads all: a pipe that closes early fails its writer.
+has() { grep "$@" >/dev/null; }
+
 # shellcheck disable=SC2016 # the pod's shell
 mem_of() { kubectl exec "$1" -- sh -c 'read -r _ kib _ </proc/meminfo; echo $kib'; }
 own() { [ "$(mem_of "$1")" = 65536 ]; }
@@ -110,7 +113,7 @@ install() {
 nothing_left() {
     ! grep -q "$host" /proc/self/mountinfo || fail "a mount is left: $(grep "$host" /proc/self/mountinfo)"
     [ ! -e "$host" ] || fail "a folder is left: $(find "$host")"
-    ! pgrep -f "lxcfs.*$host" >/dev/null || fail "a process is left: $(pgrep -af "lxcfs.*$host")"
+    ! pgrep -f "[l]xcfs -f .*$host" >/dev/null || fail "a process is left: $(pgrep -af "[l]xcfs -f .*$host")"
     local pid
     for pid in /proc/[0-9]*; do
         ! grep -qs "noexec,noatime.* - fuse.lxcfs " "$pid/mountinfo" || fail "a view is left in $pid: $(tr '\0' ' ' <"$pid/cmdline")"
@@ -143,14 +146,14 @@ eventually 20 "3 pods see their own" all own in
 eventually 20 "a pod from before the installation sees its own" all own before
 all foreign out || fail "a pod that did not opt in sees something else than the node's"
 for pod in $(of_app in); do
-    kubectl exec "$pod" -- cat /tmp/first | grep -q " 65536 kB" || fail "$pod: the first read was not its own: NRI is on"
+    kubectl exec "$pod" -- cat /tmp/first | has " 65536 kB" || fail "$pod: the first read was not its own: NRI is on"
 done
 eventually 10 "the Event" sh -c "kubectl describe pods -l app=in | grep -q 'LxcfsInjected.*view put into app'"
 eventually 10 "metrics agree" sh -c "[ \"\$(python3 -c 'import urllib.request; print(urllib.request.urlopen(\"http://127.0.0.1:$port/metrics\").read().decode())' | grep 'containers{state=\"injected\"}' | cut -d' ' -f2)\" = 4 ]"
 [ "$(metric kube_lxcfs_lxcfs_up)" = 1 ] || fail "lxcfs_up is $(metric kube_lxcfs_lxcfs_up)"
 
 step "annotations and labels of running pods"
-out=$(of_app out | head -1)
+out=$(of_app out | sed -n 1p)
 kubectl annotate "$out" kube-lxcfs.io/inject=true >/dev/null
 eventually 5 "annotated: its own" own "$out"
 kubectl annotate "$out" kube-lxcfs.io/inject- >/dev/null
@@ -211,11 +214,11 @@ eventually 30 "pods can be entered" all own in
 [ "$(errors)" = 0 ] || fail "$(errors) errors"
 deployment later 1 'kube-lxcfs.io/inject: "true"'
 eventually 10 "a pod from after the restart" all own later
-kubectl exec "$(of_app later)" -- cat /tmp/first | grep -q " 65536 kB" || fail "NRI did not come back"
+kubectl exec "$(of_app later)" -- cat /tmp/first | has " 65536 kB" || fail "NRI did not come back"
 
 step "pods made while lxcfs is away start, and get their view later"
 kubectl -n kube-lxcfs patch daemonset kube-lxcfs-lxcfs -p '{"spec":{"template":{"spec":{"nodeSelector":{"none":"such"}}}}}' >/dev/null
-eventually 60 "lxcfs is away" sh -c "! pgrep -f 'lxcfs -f .*$host'"
+eventually 60 "lxcfs is away" sh -c "! pgrep -f '[l]xcfs -f .*$host'"
 deployment away 1 'kube-lxcfs.io/inject: "true"'
 all foreign away || fail "a view without lxcfs"
 kubectl -n kube-lxcfs patch daemonset kube-lxcfs-lxcfs --type=json -p '[{"op":"remove","path":"/spec/template/spec/nodeSelector"}]' >/dev/null
@@ -232,6 +235,52 @@ eventually 90 "the node is ready" sh -c "kubectl get nodes | grep -q ' Ready'"
 eventually 90 "pods are up and see their own" sh -c "[ \$(kubectl get pods -l app=in --no-headers | grep -c Running) = 3 ]"
 eventually 60 "views are back" all own in
 all foreign out || fail "a pod that did not opt in sees something else than the node's"
+
+# Whether all of it works: ready, in time for the first instruction, by label, with an Event.
+works() {
+    ready agent 15s 2>/dev/null || return 1
+    kubectl delete pod -l app=later --grace-period=0 --force >/dev/null 2>&1
+    kubectl rollout status deployment/later --timeout=30s >/dev/null 2>&1 || return 1
+    local pod
+    pod=$(of_app later | sed -n 1p)
+    (eventually 5 "a view" own "$pod") 2>/dev/null || return 1
+    kubectl exec "$pod" -- cat /tmp/first | has " 65536 kB" || return 1
+    (eventually 5 "an Event" sh -c "kubectl describe $pod | grep -q LxcfsInjected") 2>/dev/null
+}
+
+# without WHAT PATCH: the agent as it is, but for that.
+without() {
+    kubectl -n kube-lxcfs patch daemonset kube-lxcfs-agent --type=json -p "$2" >/dev/null
+    if works; then fail "the agent works without $1: it is not needed, and goes"; fi
+    kubectl -n kube-lxcfs rollout undo daemonset/kube-lxcfs-agent >/dev/null 2>&1
+}
+
+without_rule() {
+    kubectl get clusterrole kube-lxcfs -o json >"$dir/rules.json"
+    kubectl patch clusterrole kube-lxcfs --type=json -p "$2" >/dev/null
+    kubectl -n kube-lxcfs delete pod -l app.kubernetes.io/component=agent --wait >/dev/null
+    if works; then fail "the agent works without $1: it is not needed, and goes"; fi
+    kubectl replace -f "$dir/rules.json" >/dev/null
+    kubectl -n kube-lxcfs delete pod -l app.kubernetes.io/component=agent --wait >/dev/null
+}
+
+step "the agent has the least: each thing that it may is taken away in turn"
+works || fail "it does not work to begin with"
+container=/spec/template/spec/containers/0
+caps=$container/securityContext/capabilities/add
+without SYS_ADMIN "[{\"op\":\"remove\",\"path\":\"$caps/0\"}]"
+without SYS_CHROOT "[{\"op\":\"remove\",\"path\":\"$caps/1\"}]"
+without SYS_PTRACE "[{\"op\":\"remove\",\"path\":\"$caps/2\"}]"
+without hostPID '[{"op":"remove","path":"/spec/template/spec/hostPID"}]'
+without "lxcfs's volume" "[{\"op\":\"remove\",\"path\":\"$container/volumeMounts/0\"}]"
+without "the CRI socket" "[{\"op\":\"remove\",\"path\":\"$container/volumeMounts/1\"}]"
+without "the NRI socket" "[{\"op\":\"remove\",\"path\":\"$container/volumeMounts/2\"}]"
+without_rule "pods" '[{"op":"replace","path":"/rules/0/resources","value":["namespaces"]}]'
+without_rule "namespaces" '[{"op":"replace","path":"/rules/0/resources","value":["pods"]}]'
+without_rule "list" '[{"op":"replace","path":"/rules/0/verbs","value":["watch"]}]'
+without_rule "watch" '[{"op":"replace","path":"/rules/0/verbs","value":["list"]}]'
+without_rule "events" '[{"op":"remove","path":"/rules/1"}]'
+ready agent
 
 step "helm uninstall leaves nothing; ten times"
 for n in 1 2 3 4 5 6 7 8 9 10; do

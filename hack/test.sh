@@ -10,6 +10,7 @@ hack/image.sh >/dev/null
 # Runtimes with NRI, of both generations.
 hack/debian.sh trixie containerd >/dev/null
 hack/debian.sh sid containerd >/dev/null
+hack/helm.sh >/dev/null
 KUBEBUILDER_ASSETS=$(hack/kubernetes.sh)
 export KUBEBUILDER_ASSETS
 export RUST_BACKTRACE=${RUST_BACKTRACE:-0}

@@ -10,9 +10,6 @@ use crate::{
     runtime::cri::{self, Cri},
 };
 
-/// Where the runtime's NRI socket is by default.
-const NRI_SOCKET: &str = "/var/run/nri/nri.sock";
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
@@ -79,7 +76,7 @@ pub fn privileged() -> Result<(), Unprivileged> {
 }
 
 /// All that can be told of this node.
-pub async fn all(lxcfs_path: &Path, cri: &Cri) -> Vec<Check> {
+pub async fn all(lxcfs_path: &Path, cri: &Cri, nri_socket: &Path) -> Vec<Check> {
     let mut checks = vec![
         match mount::verify_calls() {
             Ok(()) => ok("kernel", "has all the mount calls (5.12 or later)"),
@@ -103,14 +100,23 @@ pub async fn all(lxcfs_path: &Path, cri: &Cri) -> Vec<Check> {
         }
         Err(e) => warn("cri", format!("{e}; until then pids are found in /proc, and --pods-from cri has no pods")),
     });
-    checks.push(if Path::new(NRI_SOCKET).exists() {
-        ok("nri", format!("{NRI_SOCKET} is there"))
-    } else {
-        warn("nri", format!("{NRI_SOCKET} is not there: views come just after a container's start, not before it"))
-    });
+    checks.push(nri(nri_socket));
     checks.push(cgroups());
     checks.push(api_server().await);
     checks
+}
+
+fn nri(socket: &Path) -> Check {
+    let path = socket.display();
+    match std::os::unix::net::UnixStream::connect(socket) {
+        Ok(_) => ok("nri", format!("the runtime listens at {path}")),
+        Err(e) => warn(
+            "nri",
+            format!(
+                "{path}: {e}: views come just after a container's start, not before it; turn NRI on in the runtime, or use the hook"
+            ),
+        ),
+    }
 }
 
 async fn serving(path: &Path) -> Check {
@@ -160,7 +166,7 @@ async fn api_server() -> Check {
     };
     match tokio::time::timeout(Duration::from_secs(5), client.apiserver_version()).await {
         Ok(Ok(version)) => ok(NAME, version.git_version),
-        Ok(Err(e)) => warn(NAME, format!("does not answer: {e}")),
-        Err(_) => warn(NAME, "does not answer within 5 s"),
+        Ok(Err(e)) => warn(NAME, format!("does not answer: {e}; see to its address in KUBECONFIG")),
+        Err(_) => warn(NAME, "does not answer within 5 s; see to its address in KUBECONFIG"),
     }
 }

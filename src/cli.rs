@@ -156,6 +156,9 @@ enum Command {
     },
     /// Tell what this node has and lacks for kube-lxcfs, with the remedy; exit status 1 when something fails.
     Check {
+        /// The runtime's NRI socket.
+        #[arg(long, env = "KUBE_LXCFS_NRI_SOCKET", value_name = "PATH", default_value = nri::DEFAULT_SOCKET)]
+        nri_socket: PathBuf,
         #[command(flatten)]
         output: OutputArg,
     },
@@ -306,8 +309,8 @@ async fn run(Cli { common, command }: Cli) -> Result<ExitCode> {
             }
             Ok(ExitCode::SUCCESS)
         }
-        Command::Check { output } => {
-            let checks = check::all(&common.lxcfs_path, &Cri::new(common.cri_endpoint)).await;
+        Command::Check { nri_socket, output } => {
+            let checks = check::all(&common.lxcfs_path, &Cri::new(common.cri_endpoint), &nri_socket).await;
             print(output.output, &checks, || checks.iter().map(ToString::to_string).collect())?;
             let failed = checks.iter().any(|c| c.verdict == check::Verdict::Fail);
             Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
@@ -388,6 +391,7 @@ async fn run_agent(common: Common, args: AgentArgs) -> Result<ExitCode> {
             }
         },
     };
+    let lxcfs_path = common.lxcfs_path.clone();
     let agent = Agent { workers, runtime, lxcfs_path: common.lxcfs_path, events, state, adopt: args.adopt, metrics };
     if args.cri_events == CriEvents::Auto && (common.pid_from != PidFrom::Proc || !from_kubernetes) {
         tokio::spawn(cri.tell_events(cri_told));
@@ -402,6 +406,10 @@ async fn run_agent(common: Common, args: AgentArgs) -> Result<ExitCode> {
         ended = agent::run(agent, Inbox { updates, starts, asks }) => ended.context("signals cannot be listened for")?,
         ended = nri => ended?,
         ended = http::serve(listener, sources) => ended.context("HTTP cannot be served")?,
+    }
+    // lxcfs's pod does this too, if it is the last.
+    if let Err(e) = lxcfs::volume::leave(&lxcfs_path) {
+        tracing::debug!("the volume that lxcfs is mounted in stays: {e}");
     }
     Ok(ExitCode::SUCCESS)
 }

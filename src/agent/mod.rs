@@ -28,6 +28,7 @@ use crate::{
         metrics::{Metrics, Operation, OperationResult},
     },
     runtime::{self, ContainerId, Runtime, nri::Waiting},
+    view::FileSet,
 };
 use state::{Due, Finished, Start, State};
 
@@ -377,6 +378,7 @@ impl Effects {
                 },
             };
             tracing::debug!(container = name, ?finished, took = ?begun.elapsed(), "end");
+            tell_story(&name, &finished, begun.elapsed());
             // One that hangs holds no place of others.
             drop(permit);
             let took = begun.elapsed();
@@ -393,6 +395,20 @@ impl Effects {
             tracing::debug!(container = name, ?finished, took = ?begun.elapsed(), "late end");
             let _ = tell.send(Told::Finished { id, finished, wish, took: begun.elapsed() }).await;
         });
+    }
+}
+
+/// One line in the log for each change of a container.
+fn tell_story(container: &str, finished: &Finished, took: Duration) {
+    let (Finished::Done { done, .. } | Finished::Failed { done, .. }) = finished else { return };
+    let of = |wanted: fn(&Step) -> bool| done.iter().filter(|s| wanted(s)).map(|s| s.file()).collect::<FileSet>();
+    let changes = [
+        ("view put in", of(|s| matches!(s, Step::Inject(_)))),
+        ("view made current", of(|s| matches!(s, Step::Swap(..) | Step::Adopt(..)))),
+        ("view taken out", of(|s| matches!(s, Step::Remove(..)))),
+    ];
+    for (what, files) in changes.into_iter().filter(|(_, files)| !files.is_empty()) {
+        tracing::info!(container, %files, ?took, "{what}");
     }
 }
 

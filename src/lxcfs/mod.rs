@@ -3,6 +3,7 @@
 
 mod server;
 pub mod supervisor;
+pub mod volume;
 mod watch;
 
 use std::{

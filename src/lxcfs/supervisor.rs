@@ -23,7 +23,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
 };
 
-use super::{Error as FindError, Finder, Identity, mounted, server, watch::Notice};
+use super::{Error as FindError, Finder, Identity, mounted, server, volume, watch::Notice};
 use crate::{
     mount::{Process, Workers},
     node,
@@ -159,7 +159,7 @@ impl Supervisor {
                         self.end(&mut child).await;
                         // Whoever was putting a view in at that moment is done now.
                         sweep(&sweepers, identity.dev).await;
-                        let _ = std::fs::remove_file(self.pid_file());
+                        self.leave();
                         tracing::info!("lxcfs has ended, no container has a view of it");
                         return Ok(());
                     }
@@ -170,7 +170,7 @@ impl Supervisor {
             if let Ended::Told = ended {
                 self.end(&mut child).await;
                 self.unmount_all();
-                let _ = std::fs::remove_file(self.pid_file());
+                self.leave();
                 return Ok(());
             }
             match &ended {
@@ -188,7 +188,7 @@ impl Supervisor {
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
                 () = signals.end() => {
-                    let _ = std::fs::remove_file(self.pid_file());
+                    self.leave();
                     return Ok(());
                 }
             }
@@ -358,6 +358,14 @@ impl Supervisor {
                     }
                 }
             }
+        }
+    }
+
+    /// Leaves nothing behind.
+    fn leave(&self) {
+        let _ = std::fs::remove_file(self.pid_file());
+        if let Err(e) = volume::leave(&self.path) {
+            tracing::warn!("the volume that lxcfs was mounted in stays: {e}");
         }
     }
 

@@ -86,7 +86,8 @@ impl Events {
         if reason.warns() {
             tracing::warn!(pod, ?reason, "{note}");
         } else {
-            tracing::info!(pod, ?reason, "{note}");
+            // The log has it already, container by container.
+            tracing::debug!(pod, ?reason, "{note}");
         }
         if let Some(sender) = &self.0
             && sender.try_send(event).is_err()

@@ -104,6 +104,7 @@ impl Cluster {
             "--service-account-issuer=https://kube-lxcfs.test".into(),
             "--service-cluster-ip-range=10.96.0.0/24".into(),
             "--endpoint-reconciler-type=none".into(),
+            "--allow-privileged=true".into(),
             // Nobody here makes service accounts.
             "--disable-admission-plugins=ServiceAccount".into(),
         ]);

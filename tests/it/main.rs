@@ -7,6 +7,7 @@
     reason = "tests fail by panicking, and are read for what they want"
 )]
 
+mod chart;
 mod cluster;
 mod command_line;
 mod containers;

@@ -1,0 +1,120 @@
+//! The chart: helm's own lint, every value switched and the result validated by a real API server, bad values refused, the values
+//! documented, and the rendered manifests up to date.
+
+use std::{fs, path::PathBuf, process::Output};
+
+use crate::{cluster::Cluster, harness::*};
+
+fn here(path: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+fn helm(args: &[&str]) -> Output {
+    let path = std::env::var("PATH").unwrap_or_default();
+    let found = path.split(':').map(|dir| PathBuf::from(dir).join("helm")).find(|p| p.exists());
+    let helm = found.unwrap_or_else(|| cache("helm/helm"));
+    std::process::Command::new(helm).args(args).current_dir(here("")).output().unwrap()
+}
+
+fn template(more: &[&str]) -> Output {
+    helm(
+        &[&["template", "x", "charts/kube-lxcfs", "--namespace", "kube-system", "--kube-version", "1.25.0"], more]
+            .concat(),
+    )
+}
+
+/// Each value, switched to something else than its default.
+const SWITCHED: [&str; 20] = [
+    "image.repository=r.example/k,image.tag=v9,image.pullPolicy=Always,imagePullSecrets[0].name=regcred",
+    "nameOverride=other",
+    "fullnameOverride=whole",
+    "commonLabels.team=a,commonAnnotations.owner=b",
+    "injectByDefault=true,adopt=true,hostPath=/opt/k",
+    "runtime.criSocketDir=/run/crio,runtime.criSocketName=crio.sock,runtime.pidFrom=proc,runtime.events=off",
+    "nri.mode=off",
+    "nri.mode=required,nri.socketDir=/run/nri,nri.socketName=n.sock",
+    "log.format=json,log.level=debug",
+    "agent.workers=3,agent.port=9000,agent.hostNetwork=true,agent.listenAddress=127.0.0.1",
+    "agent.resources.limits.cpu=1,agent.nodeSelector.a=b,agent.tolerations=null,agent.priorityClassName=",
+    "agent.updateStrategy.type=OnDelete,agent.updateStrategy.rollingUpdate=null,agent.terminationGracePeriodSeconds=5",
+    "agent.podLabels.a=b,agent.podAnnotations.c=d,agent.extraArgs[0]=--adopt,agent.extraEnv[0].name=A,agent.extraEnv[0].value=b",
+    "agent.extraVolumes[0].name=v,agent.extraVolumes[0].emptyDir.medium=Memory,agent.extraVolumeMounts[0].name=v,agent.extraVolumeMounts[0].mountPath=/v",
+    "agent.seccompProfile.type=Unconfined,agent.seLinuxOptions.type=spc_t",
+    "lxcfs.enabled=false,lxcfs.hostOwnPath=/srv/lxcfs",
+    "lxcfs.image.tag=v1,lxcfs.watchdog=800ms,lxcfs.args[0]=-o,lxcfs.updateStrategy.type=OnDelete,lxcfs.updateStrategy.rollingUpdate=null",
+    "rbac.create=false,serviceAccount.create=false,serviceAccount.name=mine",
+    "serviceAccount.annotations.a=b,networkPolicy.enabled=true,networkPolicy.from[0].podSelector.matchLabels.a=b",
+    "podMonitor.enabled=true,serviceMonitor.enabled=true,prometheusRule.enabled=true,dashboard.enabled=true,networkPolicy.enabled=true",
+];
+
+#[test]
+fn every_value_switched_renders_what_an_api_server_accepts() {
+    let linted = helm(&["lint", "--strict", "charts/kube-lxcfs"]);
+    assert!(linted.status.success(), "{}", stdout(&linted));
+    let (cluster, dir) = (Cluster::start(), tempfile::tempdir().unwrap());
+    let plain = stdout(&template(&[]));
+    for switched in SWITCHED {
+        let rendered = template(&["--set", switched]);
+        assert!(rendered.status.success(), "{switched}: {}", stderr(&rendered));
+        let rendered = stdout(&rendered);
+        assert_ne!(rendered, plain, "{switched} changes nothing");
+        // The Prometheus operator's own kinds are not known here.
+        let known: Vec<&str> =
+            rendered.split("\n---\n").filter(|one| !one.contains("apiVersion: monitoring.coreos.com")).collect();
+        let file = dir.path().join("rendered.yaml");
+        fs::write(&file, known.join("\n---\n")).unwrap();
+        cluster.kubectl(&["apply", "--dry-run=server", "--validate=true", "-f", file.to_str().unwrap()]);
+    }
+    for example in fs::read_dir(here("manifests/examples")).unwrap() {
+        cluster.kubectl(&[
+            "apply",
+            "--dry-run=server",
+            "--validate=true",
+            "-f",
+            example.unwrap().path().to_str().unwrap(),
+        ]);
+    }
+}
+
+#[test]
+fn unknown_and_malformed_values_are_refused_by_name() {
+    for (bad, told) in [
+        ("image.pulPolicy=x", "'pulPolicy' not allowed"),
+        ("nri.mode=maybe", "'/nri/mode': value must be one of 'auto', 'off', 'required'"),
+        ("hostPath=var/lib", "'/hostPath'"),
+        ("agent.port=99999", "'/agent/port'"),
+        ("lxcfs.watchdog=soon", "'/lxcfs/watchdog'"),
+        ("nonsense=1", "'nonsense' not allowed"),
+        ("agent.tolerations[0].operator=Some", "operator"),
+    ] {
+        let refused = template(&["--set", bad]);
+        assert!(!refused.status.success() && stderr(&refused).contains(told), "{bad}: {}", stderr(&refused));
+    }
+}
+
+#[test]
+fn every_value_is_in_the_charts_readme() {
+    let readme = fs::read_to_string(here("charts/kube-lxcfs/README.md")).unwrap();
+    let values = fs::read_to_string(here("charts/kube-lxcfs/values.yaml")).unwrap();
+    let mut path: Vec<&str> = Vec::new();
+    let mut count = 0;
+    for line in values.lines() {
+        let Some((key, value)) = line.split_once(':').filter(|(key, _)| key.trim().chars().all(char::is_alphanumeric))
+        else {
+            continue;
+        };
+        path.truncate((key.len() - key.trim_start().len()) / 2);
+        path.push(key.trim());
+        if !value.trim().is_empty() {
+            count += 1;
+            assert!(readme.contains(&format!("| `{}` |", path.join("."))), "{} is not explained", path.join("."));
+        }
+    }
+    assert!(count > 60, "{count}");
+}
+
+#[test]
+fn the_rendered_manifests_are_up_to_date() {
+    let checked = std::process::Command::new(here("hack/manifests.sh")).arg("--check").output().unwrap();
+    assert!(checked.status.success(), "{}", stderr(&checked));
+}
