@@ -20,3 +20,5 @@ cargo fmt --check
 cargo clippy --locked --all-targets -- -D warnings
 cargo deny --log-level error check bans licenses sources
 shellcheck -x hack/*.sh .ci/run
+hack/manifests.sh --check
+PATH="$(hack/helm.sh):$PATH" helm lint --strict --quiet charts/kube-lxcfs
