@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # The whole thing on a whole cluster: image from the Dockerfile, helm, pods, everything that dies, uninstall.
-# On a cluster of its own, made and ended here (root).
+# On a cluster of its own, made and ended here (root). E2E_SIZES=300 also measures memory, and CPU over so many idle seconds.
 set -euo pipefail
+# shellcheck disable=SC2317 # functions that are called by their names
+{ # Read whole before it runs, so that it can be edited meanwhile.
 cd "$(dirname "$0")/.."
 . hack/lib.sh
 
@@ -77,8 +79,10 @@ print(next((l.split()[-1] for l in text.splitlines() if l.split(" ")[0]==sys.arg
 installed_images() { kubectl -n kube-lxcfs get "daemonset/kube-lxcfs-$1" -o 'jsonpath={.spec.template.spec.containers[0].image}'; }
 ready() { kubectl -n kube-lxcfs rollout status "daemonset/kube-lxcfs-$1" --timeout="${2:-90s}" >/dev/null; }
 
+# deployment NAME REPLICAS ANNOTATION [SCRIPT]
 deployment() {
     # Each pod reads all the while and counts what fails.
+    local reads='head -1 /proc/meminfo >/tmp/first; : >/tmp/errors; while :; do cat /proc/meminfo /proc/uptime >/dev/null 2>>/tmp/errors; sleep 0.05; done'
     kubectl apply -f - <<EOF >/dev/null
 apiVersion: apps/v1
 kind: Deployment
@@ -94,10 +98,10 @@ spec:
         - name: app
           image: $image/busybox:1
           imagePullPolicy: Never
-          command: [sh, -c, "head -1 /proc/meminfo >/tmp/first; : >/tmp/errors; while :; do cat /proc/meminfo /proc/uptime >/dev/null 2>>/tmp/errors; sleep 0.05; done"]
+          command: [sh, -c, '${4:-$reads}']
           resources: {requests: {cpu: 10m, memory: 64Mi}, limits: {cpu: 500m, memory: 64Mi}}
 EOF
-    kubectl rollout status "deployment/$1" --timeout=90s >/dev/null
+    kubectl rollout status "deployment/$1" --timeout=240s >/dev/null
 }
 
 values=(--namespace kube-lxcfs --create-namespace --wait --timeout 3m
@@ -256,13 +260,27 @@ without() {
 }
 
 without_rule() {
-    kubectl get clusterrole kube-lxcfs -o json >"$dir/rules.json"
+    local rules
+    rules=$(kubectl get clusterrole kube-lxcfs -o 'jsonpath={.rules}')
     kubectl patch clusterrole kube-lxcfs --type=json -p "$2" >/dev/null
     kubectl -n kube-lxcfs delete pod -l app.kubernetes.io/component=agent --wait >/dev/null
     if works; then fail "the agent works without $1: it is not needed, and goes"; fi
-    kubectl replace -f "$dir/rules.json" >/dev/null
+    kubectl patch clusterrole kube-lxcfs --type=merge -p "{\"rules\":$rules}" >/dev/null
     kubectl -n kube-lxcfs delete pod -l app.kubernetes.io/component=agent --wait >/dev/null
 }
+
+step "without NRI and events, as with containerd 1.6: the watch of the pods brings the view"
+install --set "image.tag=e2e-2,lxcfs.image.tag=e2e-2,nri.mode=off,runtime.events=off"
+ready agent
+# shellcheck disable=SC2016 # the pod's shell
+deployment late 3 'kube-lxcfs.io/inject: "true"' 'n=0; until grep "^MemTotal: *65536 kB" /proc/meminfo; do usleep 10000; n=$((n + 1)); done; echo $n >/tmp/late; sleep 1000000'
+eventually 30 "they get their view" all own late
+for pod in $(of_app late); do
+    step "    view after the start: about $(kubectl exec "$pod" -- cat /tmp/late)0 ms"
+done
+kubectl delete deployment late --wait >/dev/null
+install --set "image.tag=e2e-2,lxcfs.image.tag=e2e-2"
+ready agent
 
 step "the agent has the least: each thing that it may is taken away in turn"
 works || fail "it does not work to begin with"
@@ -282,6 +300,25 @@ without_rule "watch" '[{"op":"replace","path":"/rules/0/verbs","value":["list"]}
 without_rule "events" '[{"op":"remove","path":"/rules/1"}]'
 ready agent
 
+if [ -n "${E2E_SIZES-}" ]; then
+    # Of a process and its children: resident memory in KiB, and CPU time in ticks.
+    rss_of() { for p in $1 $(pgrep -P "$1"); do awk '/^VmRSS:/ { print $2 }' "/proc/$p/status"; done | awk '{ n += $1 } END { print n }'; }
+    cpu_of() { for p in $1 $(pgrep -P "$1"); do awk '{ print $14 + $15 }' "/proc/$p/stat"; done | awk '{ n += $1 } END { print n }'; }
+    step "sizes, with 100 pods that have a view and do nothing"
+    kubectl delete deployment --all --wait >/dev/null
+    deployment many 100 'kube-lxcfs.io/inject: "true"' "sleep 1000000"
+    eventually 120 "all have their view" sh -c "[ \"\$(python3 -c 'import urllib.request; print(urllib.request.urlopen(\"http://127.0.0.1:$port/metrics\").read().decode())' | grep 'containers{state=\"injected\"}' | cut -d' ' -f2)\" = 100 ]"
+    agent=$(pgrep -f '^/usr/bin/kube-lxcfs agent') supervisor=$(pgrep -f '^/usr/bin/kube-lxcfs lxcfs')
+    sleep 20
+    before=("$(cpu_of "$agent")" "$(cpu_of "$supervisor")")
+    sleep "$E2E_SIZES"
+    after=("$(cpu_of "$agent")" "$(cpu_of "$supervisor")")
+    step "    image $(($(stat -c %s "$archive") >> 20)) MiB as an archive; agent $(rss_of "$agent") KiB, lxcfs and its supervisor $(rss_of "$supervisor") KiB resident"
+    step "    CPU in $E2E_SIZES s: agent $((after[0] - before[0]))0 ms, lxcfs and its supervisor $((after[1] - before[1]))0 ms"
+    kubectl delete deployment many --wait >/dev/null
+    deployment in 3 'kube-lxcfs.io/inject: "true"'
+fi
+
 step "helm uninstall leaves nothing; ten times"
 for n in 1 2 3 4 5 6 7 8 9 10; do
     helm uninstall kube-lxcfs --namespace kube-lxcfs --wait >/dev/null
@@ -291,3 +328,5 @@ for n in 1 2 3 4 5 6 7 8 9 10; do
     [ "$n" = 10 ] || { install && eventually 20 "views are back" all own in; }
 done
 result=passed
+exit
+}
