@@ -24,7 +24,7 @@ fn template(more: &[&str]) -> Output {
 }
 
 /// Each value, switched to something else than its default.
-const SWITCHED: [&str; 20] = [
+const SWITCHED: [&str; 28] = [
     "image.repository=r.example/k,image.tag=v9,image.pullPolicy=Always,imagePullSecrets[0].name=regcred",
     "nameOverride=other",
     "fullnameOverride=whole",
@@ -35,13 +35,21 @@ const SWITCHED: [&str; 20] = [
     "nri.mode=required,nri.socketDir=/run/nri,nri.socketName=n.sock",
     "log.format=json,log.level=debug",
     "agent.workers=3,agent.port=9000,agent.hostNetwork=true,agent.listenAddress=127.0.0.1",
-    "agent.resources.limits.cpu=1,agent.nodeSelector.a=b,agent.tolerations=null,agent.priorityClassName=",
+    "agent.resources.requests.cpu=5m,agent.resources.limits.cpu=1,agent.nodeSelector.a=b,agent.tolerations=null,agent.priorityClassName=",
     "agent.updateStrategy.type=OnDelete,agent.updateStrategy.rollingUpdate=null,agent.terminationGracePeriodSeconds=5",
     "agent.podLabels.a=b,agent.podAnnotations.c=d,agent.extraArgs[0]=--adopt,agent.extraEnv[0].name=A,agent.extraEnv[0].value=b",
     "agent.extraVolumes[0].name=v,agent.extraVolumes[0].emptyDir.medium=Memory,agent.extraVolumeMounts[0].name=v,agent.extraVolumeMounts[0].mountPath=/v",
     "agent.seccompProfile.type=Unconfined,agent.seLinuxOptions.type=spc_t",
     "lxcfs.enabled=false,lxcfs.hostOwnPath=/srv/lxcfs",
     "lxcfs.image.tag=v1,lxcfs.watchdog=800ms,lxcfs.args[0]=-o,lxcfs.updateStrategy.type=OnDelete,lxcfs.updateStrategy.rollingUpdate=null",
+    "lxcfs.resources.requests.cpu=5m,lxcfs.resources.limits.cpu=1,lxcfs.nodeSelector.a=b,lxcfs.tolerations=null,lxcfs.priorityClassName=",
+    "lxcfs.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms[0].matchExpressions[0].key=a,lxcfs.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms[0].matchExpressions[0].operator=Exists",
+    "agent.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms[0].matchExpressions[0].key=a,agent.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms[0].matchExpressions[0].operator=Exists",
+    "lxcfs.updateStrategy.rollingUpdate.maxUnavailable=1,lxcfs.terminationGracePeriodSeconds=60",
+    "lxcfs.podLabels.a=b,lxcfs.podAnnotations.c=d,lxcfs.extraArgs[0]=--watchdog=9s,lxcfs.extraEnv[0].name=A,lxcfs.extraEnv[0].value=b",
+    "lxcfs.extraVolumes[0].name=v,lxcfs.extraVolumes[0].emptyDir.medium=Memory,lxcfs.extraVolumeMounts[0].name=v,lxcfs.extraVolumeMounts[0].mountPath=/v",
+    "podMonitor.enabled=true,podMonitor.interval=1m,podMonitor.labels.a=b,serviceMonitor.enabled=true,serviceMonitor.interval=1m,serviceMonitor.labels.a=b",
+    "prometheusRule.enabled=true,prometheusRule.labels.a=b,dashboard.enabled=true,dashboard.labels.a=b,test.image=b:2,test.pullPolicy=Never",
     "rbac.create=false,serviceAccount.create=false,serviceAccount.name=mine",
     "serviceAccount.annotations.a=b,networkPolicy.enabled=true,networkPolicy.from[0].podSelector.matchLabels.a=b",
     "podMonitor.enabled=true,serviceMonitor.enabled=true,prometheusRule.enabled=true,dashboard.enabled=true,networkPolicy.enabled=true",
@@ -93,7 +101,7 @@ fn unknown_and_malformed_values_are_refused_by_name() {
 }
 
 #[test]
-fn every_value_is_in_the_charts_readme() {
+fn every_value_is_switched_by_a_test_and_in_the_charts_readme() {
     let readme = fs::read_to_string(here("charts/kube-lxcfs/README.md")).unwrap();
     let values = fs::read_to_string(here("charts/kube-lxcfs/values.yaml")).unwrap();
     let mut path: Vec<&str> = Vec::new();
@@ -107,6 +115,12 @@ fn every_value_is_in_the_charts_readme() {
         path.push(key.trim());
         if !value.trim().is_empty() {
             count += 1;
+            let switched = path.join(".");
+            let switches = |set: &str| {
+                set.split(',')
+                    .any(|one| one.strip_prefix(&*switched).is_some_and(|rest| rest.starts_with(['=', '.', '['])))
+            };
+            assert!(SWITCHED.into_iter().any(switches), "{switched} is switched by no test");
             assert!(readme.contains(&format!("| `{}` |", path.join("."))), "{} is not explained", path.join("."));
         }
     }

@@ -67,7 +67,9 @@ fn with_nri(release: Release) {
     let registered_so_far = |agent: &Running| agent.log().matches("before a container's first instruction").count();
     containerd.down();
     containerd.up();
+    let answers = std::time::Instant::now();
     eventually_true("the plugin is there again", || registered_so_far(&agent) == 2);
+    println!("the plugin is there again {:?} after the runtime answered", answers.elapsed());
     let (_, told) = first_read(&containerd, "after-restart", IN);
     assert!(own(&told), "{told}\n{}", agent.log());
     // The agent hangs: the container starts, and the view comes when it goes on.
