@@ -249,7 +249,9 @@ works() {
     pod=$(of_app later | sed -n 1p)
     (eventually 5 "a view" own "$pod") 2>/dev/null || return 1
     kubectl exec "$pod" -- cat /tmp/first | has " 65536 kB" || return 1
-    (eventually 5 "an Event" sh -c "kubectl describe $pod | grep -q LxcfsInjected") 2>/dev/null
+    (eventually 5 "an Event" sh -c "kubectl describe $pod | grep -q LxcfsInjected") 2>/dev/null || return 1
+    # Without a watch it lists again and again, which is no way to live.
+    ! kubectl -n kube-lxcfs logs "$(pod_of agent)" | has "cannot be watched"
 }
 
 # without WHAT PATCH: the agent as it is, but for that.

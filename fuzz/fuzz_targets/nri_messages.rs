@@ -7,7 +7,7 @@ use kube_lxcfs::runtime::nri::wire::{
 use libfuzzer_sys::fuzz_target;
 use prost::Message;
 
-fn again<M: Message + Default + PartialEq>(data: &[u8]) {
+fn again<M: Message + Default + PartialEq + std::fmt::Debug>(data: &[u8]) {
     if let Ok(message) = M::decode(data) {
         assert_eq!(M::decode(&message.encode_to_vec()[..]).ok(), Some(message));
     }
