@@ -1,14 +1,22 @@
 #!/usr/bin/env bash
 # The whole thing on a whole cluster: image from the Dockerfile, helm, pods, everything that dies, uninstall.
-# On a cluster of its own, made and ended here (root). E2E_SIZES=300 also measures memory, and CPU over so many idle seconds.
+# On a cluster of its own, made and ended here (root). Or on the one that KUBECONFIG names, with E2E_IMAGE=REPOSITORY:TAG (and
+# E2E_IMAGE_2, another tag of it) that its nodes can pull, E2E_BUSYBOX (busybox:1), E2E_VALUES, a file of chart values, and
+# E2E_NRI=1 where its runtime has NRI; what needs a hand on the node is left out there, and told. E2E_SIZES=300 also measures memory, and CPU over so many idle seconds.
 set -euo pipefail
 # shellcheck disable=SC2317 # functions that are called by their names
 { # Read whole before it runs, so that it can be edited meanwhile.
 cd "$(dirname "$0")/.."
 . hack/lib.sh
 
-need_root "a cluster"
-if [ "${KUBE_LXCFS_IN_NAMESPACE-}" != 1 ]; then
+given=
+if [ -n "${E2E_IMAGE-}" ]; then
+    [ -n "${KUBECONFIG-}" ] || fail "E2E_IMAGE is for the cluster that KUBECONFIG names, which is not set"
+    given=yes
+else
+    need_root "a cluster"
+fi
+if [ -z "$given" ] && [ "${KUBE_LXCFS_IN_NAMESPACE-}" != 1 ]; then
     hack/deps.sh build demo test cluster image
     hack/kubernetes.sh all >/dev/null
     hack/debian.sh trixie containerd >/dev/null
@@ -20,18 +28,23 @@ if [ "${KUBE_LXCFS_IN_NAMESPACE-}" != 1 ]; then
 fi
 
 PATH="$(hack/helm.sh):$PATH"
-image=localhost/kube-lxcfs
-# The image of an earlier run serves again while nothing that is in it changed.
-inputs=$(find Dockerfile .dockerignore Cargo.toml Cargo.lock src -type f -print0 | sort -z | xargs -0 sha256sum)
-archive="$CACHE/kube-lxcfs-$(echo "$inputs" | sha256sum | cut -c1-12).tar"
-if [ ! -f "$archive" ]; then
-    rm -f "$CACHE"/kube-lxcfs-*.tar
-    hack/build-image.sh "$image:e2e" "$archive"
-fi
-
 dir=$(mktemp -d /tmp/kle2e.XXXXXX)
-host=$dir/host
-export KUBECONFIG=$dir/kubeconfig
+if [ -n "$given" ]; then
+    image=${E2E_IMAGE%:*} tag=${E2E_IMAGE##*:} busybox=${E2E_BUSYBOX:-busybox:1} pull=IfNotPresent
+    second=${E2E_IMAGE_2:-$E2E_IMAGE} second=${second##*:}
+    nri=${E2E_NRI-}
+else
+    image=localhost/kube-lxcfs tag=e2e second=e2e-2 busybox=localhost/kube-lxcfs/busybox:1 pull=Never nri=1
+    # The image of an earlier run serves again while nothing that is in it changed.
+    inputs=$(find Dockerfile .dockerignore Cargo.toml Cargo.lock src -type f -print0 | sort -z | xargs -0 sha256sum)
+    archive="$CACHE/kube-lxcfs-$(echo "$inputs" | sha256sum | cut -c1-12).tar"
+    if [ ! -f "$archive" ]; then
+        rm -f "$CACHE"/kube-lxcfs-*.tar
+        hack/build-image.sh "$image:e2e" "$archive"
+    fi
+    host=$dir/host
+    export KUBECONFIG=$dir/kubeconfig
+fi
 began=$SECONDS
 result=failed
 end() {
@@ -40,7 +53,14 @@ end() {
         kubectl -n kube-lxcfs logs -l app.kubernetes.io/component=agent --tail=25 2>/dev/null >&2 || true
         kubectl -n kube-lxcfs logs -l app.kubernetes.io/component=lxcfs --tail=15 2>/dev/null | grep -v "^lxcfs: " >&2 || true
     fi
-    hack/cluster.sh down "$dir"
+    if [ -n "$given" ]; then
+        helm uninstall kube-lxcfs --namespace kube-lxcfs >/dev/null 2>&1 || true
+        kubectl delete deployment before in out later away >/dev/null 2>&1 || true
+        kubectl label namespace default kube-lxcfs.io/inject- >/dev/null 2>&1 || true
+        rm -rf "$dir"
+    else
+        hack/cluster.sh down "$dir"
+    fi
     say "e2e: $result after $((SECONDS - began)) s"
 }
 trap end EXIT
@@ -66,16 +86,25 @@ has() { grep "$@" >/dev/null; }
 # shellcheck disable=SC2016 # the pod's shell
 mem_of() { kubectl exec "$1" -- sh -c 'read -r _ kib _ </proc/meminfo; echo $kib'; }
 own() { [ "$(mem_of "$1")" = 65536 ]; }
-foreign() { [ "$(mem_of "$1")" = "$node_mem" ]; }
+foreign() {
+    local kib
+    kib=$(mem_of "$1") && [ -n "$kib" ] && [ "$kib" != 65536 ]
+}
 of_app() { kubectl get pods -l "app=$1" --field-selector=status.phase=Running -o name; }
 all() { local pod; for pod in $(of_app "$2"); do "$1" "$pod" || return 1; done; }
 errors_of() { kubectl exec "$1" -- sh -c 'wc -l </tmp/errors'; }
 errors() { local pod sum=0; for pod in $(of_app in); do sum=$((sum + $(errors_of "$pod"))); done; echo $sum; }
 forget_errors() { local pod; for pod in $(of_app in); do kubectl exec "$pod" -- sh -c ': >/tmp/errors'; done; }
 pod_of() { kubectl -n kube-lxcfs get pods -l "app.kubernetes.io/component=$1" -o name; }
-metric() { python3 -c 'import sys,urllib.request
-text=urllib.request.urlopen("http://127.0.0.1:"+sys.argv[1]+"/metrics",timeout=5).read().decode()
-print(next((l.split()[-1] for l in text.splitlines() if l.split(" ")[0]==sys.argv[2]),"none"))' "$port" "$1"; }
+# Of all nodes' agents, summed; asked from within their pods, which needs no way from here to there.
+metric() {
+    local pod
+    for pod in $(pod_of agent); do
+        kubectl -n kube-lxcfs exec "$pod" -- bash -c "exec 3<>/dev/tcp/127.0.0.1/$port; printf 'GET /metrics HTTP/1.0\r\n\r\n' >&3; cat <&3"
+    done | awk -v name="$1" '$1 == name { n += $2; found = 1 } END { print found ? n : "none" }'
+}
+injected() { [ "$(metric 'kube_lxcfs_containers{state="injected"}')" = "$1" ]; }
+first_read() { [ -z "$nri" ] || kubectl exec "$1" -- cat /tmp/first | has " 65536 kB"; }
 installed_images() { kubectl -n kube-lxcfs get "daemonset/kube-lxcfs-$1" -o 'jsonpath={.spec.template.spec.containers[0].image}'; }
 ready() { kubectl -n kube-lxcfs rollout status "daemonset/kube-lxcfs-$1" --timeout="${2:-90s}" >/dev/null; }
 
@@ -96,8 +125,8 @@ spec:
       terminationGracePeriodSeconds: 0
       containers:
         - name: app
-          image: $image/busybox:1
-          imagePullPolicy: Never
+          image: $busybox
+          imagePullPolicy: $pull
           command: [sh, -c, '${4:-$reads}']
           resources: {requests: {cpu: 10m, memory: 64Mi}, limits: {cpu: 500m, memory: 64Mi}}
 EOF
@@ -105,9 +134,8 @@ EOF
 }
 
 values=(--namespace kube-lxcfs --create-namespace --wait --timeout 3m
-    --set "image.repository=$image,image.tag=e2e,image.pullPolicy=Never,hostPath=$host"
-    --set "runtime.criSocketDir=$dir/run,nri.socketDir=$dir/run"
-    --set "test.image=$image/busybox:1,test.pullPolicy=Never")
+    --set "image.repository=$image,image.tag=$tag,image.pullPolicy=$pull,test.image=$busybox,test.pullPolicy=$pull")
+if [ -n "${E2E_VALUES-}" ]; then values+=(-f "$E2E_VALUES"); fi
 
 install() {
     helm upgrade --install kube-lxcfs charts/kube-lxcfs "${values[@]}" "$@" >"$dir/helm.log" 2>&1 ||
@@ -124,18 +152,22 @@ nothing_left() {
     done
 }
 
-step "a node and its control plane"
-hack/cluster.sh up "$dir"
-read -r _ api _ _ _ _ _ <"$dir/ports"
-port=$(python3 -c 'import socket; s=socket.socket(); s.bind(("127.0.0.1",0)); print(s.getsockname()[1])')
-# There is neither kube-proxy nor DNS here.
-values+=(--set "agent.hostNetwork=true,agent.listenAddress=127.0.0.1,agent.port=$port"
-    --set "agent.extraEnv[0].name=KUBERNETES_SERVICE_HOST,agent.extraEnv[0].value=127.0.0.1"
-    --set-string "agent.extraEnv[1].name=KUBERNETES_SERVICE_PORT,agent.extraEnv[1].value=$api")
-node_mem=$(awk '/^MemTotal:/ { print $2 }' /proc/meminfo)
-ctr=$(hack/debian.sh trixie containerd)/usr/bin/ctr
-"$ctr" -a "$dir/run/containerd.sock" -n k8s.io images import "$archive" >/dev/null
-"$ctr" -a "$dir/run/containerd.sock" -n k8s.io images tag "$image:e2e" "$image:e2e-2" >/dev/null
+if [ -n "$given" ]; then
+    port=${E2E_PORT:-9808}
+else
+    step "a node and its control plane"
+    hack/cluster.sh up "$dir"
+    read -r _ api _ _ _ _ _ <"$dir/ports"
+    port=$(python3 -c 'import socket; s=socket.socket(); s.bind(("127.0.0.1",0)); print(s.getsockname()[1])')
+    # There is neither kube-proxy nor DNS here.
+    values+=(--set "hostPath=$host,runtime.criSocketDir=$dir/run,nri.socketDir=$dir/run"
+        --set "agent.hostNetwork=true,agent.listenAddress=127.0.0.1,agent.port=$port"
+        --set "agent.extraEnv[0].name=KUBERNETES_SERVICE_HOST,agent.extraEnv[0].value=127.0.0.1"
+        --set-string "agent.extraEnv[1].name=KUBERNETES_SERVICE_PORT,agent.extraEnv[1].value=$api")
+    ctr=$(hack/debian.sh trixie containerd)/usr/bin/ctr
+    "$ctr" -a "$dir/run/containerd.sock" -n k8s.io images import "$archive" >/dev/null
+    "$ctr" -a "$dir/run/containerd.sock" -n k8s.io images tag "$image:e2e" "$image:e2e-2" >/dev/null
+fi
 
 step "helm install"
 deployment before 1 'kube-lxcfs.io/inject: "true"'
@@ -150,11 +182,11 @@ eventually 20 "3 pods see their own" all own in
 eventually 20 "a pod from before the installation sees its own" all own before
 all foreign out || fail "a pod that did not opt in sees something else than the node's"
 for pod in $(of_app in); do
-    kubectl exec "$pod" -- cat /tmp/first | has " 65536 kB" || fail "$pod: the first read was not its own: NRI is on"
+    first_read "$pod" || fail "$pod: the first read was not its own: NRI is on"
 done
 eventually 10 "the Event" sh -c "kubectl describe pods -l app=in | grep -q 'LxcfsInjected.*view put into app'"
-eventually 10 "metrics agree" sh -c "[ \"\$(python3 -c 'import urllib.request; print(urllib.request.urlopen(\"http://127.0.0.1:$port/metrics\").read().decode())' | grep 'containers{state=\"injected\"}' | cut -d' ' -f2)\" = 4 ]"
-[ "$(metric kube_lxcfs_lxcfs_up)" = 1 ] || fail "lxcfs_up is $(metric kube_lxcfs_lxcfs_up)"
+eventually 10 "metrics agree" injected 4
+[ "$(metric kube_lxcfs_lxcfs_up)" -ge 1 ] || fail "lxcfs_up is $(metric kube_lxcfs_lxcfs_up)"
 
 step "annotations and labels of running pods"
 out=$(of_app out | sed -n 1p)
@@ -176,59 +208,71 @@ kubectl -n kube-lxcfs delete pod kube-lxcfs-test >/dev/null
 
 step "the agent's pod is deleted: no view changes"
 forget_errors
-kubectl -n kube-lxcfs delete "$(pod_of agent)" >/dev/null
+kubectl -n kube-lxcfs delete pod -l app.kubernetes.io/component=agent >/dev/null
 ready agent
 all own in || fail "a view changed"
 [ "$(errors)" = 0 ] || fail "$(errors) errors"
 
 step "the lxcfs pod is deleted: no error, and views return"
-kubectl -n kube-lxcfs delete "$(pod_of lxcfs)" >/dev/null
+kubectl -n kube-lxcfs delete pod -l app.kubernetes.io/component=lxcfs >/dev/null
 ready lxcfs
 eventually 20 "views are back" all own in
 [ "$(errors)" = 0 ] || fail "$(errors) errors"
 
-step "lxcfs is killed: views return by themselves"
-pkill -KILL -f "lxcfs -f .*$host"
-eventually 10 "views are back" all own in
-step "    $(errors) reads in 3 pods failed"
-forget_errors
+if [ -z "$given" ]; then
+    step "lxcfs is killed: views return by themselves"
+    pkill -KILL -f "lxcfs -f .*$host"
+    eventually 10 "views are back" all own in
+    step "    $(errors) reads in 3 pods failed"
+    forget_errors
+fi
 
 step "the agent is upgraded: lxcfs stays as it is"
 lxcfs_pod=$(pod_of lxcfs)
-install --set "image.tag=e2e-2,lxcfs.image.tag=e2e"
+install --set "image.tag=$second,lxcfs.image.tag=$tag"
 ready agent
-[ "$(installed_images agent)" = "$image:e2e-2" ] || fail "the agent runs $(installed_images agent)"
+[ "$(installed_images agent)" = "$image:$second" ] || fail "the agent runs $(installed_images agent)"
 [ "$(pod_of lxcfs)" = "$lxcfs_pod" ] || fail "lxcfs was replaced too"
 all own in || fail "a view changed"
 [ "$(errors)" = 0 ] || fail "$(errors) errors"
 
 step "lxcfs is upgraded"
-install --set "image.tag=e2e-2,lxcfs.image.tag=e2e-2"
+install --set "image.tag=$second,lxcfs.image.tag=$second"
 ready lxcfs
 eventually 20 "views are back" all own in
 [ "$(errors)" = 0 ] || fail "$(errors) errors"
 
-step "containerd and kubelet restart"
-hack/cluster.sh stop "$dir" containerd
-hack/cluster.sh stop "$dir" kubelet
-hack/cluster.sh start "$dir" containerd
-hack/cluster.sh start "$dir" kubelet
-eventually 60 "the node is ready" sh -c "kubectl get nodes | grep -q ' Ready'"
-eventually 30 "pods can be entered" all own in
-[ "$(errors)" = 0 ] || fail "$(errors) errors"
+if [ -z "$given" ]; then
+    step "containerd and kubelet restart"
+    hack/cluster.sh stop "$dir" containerd
+    hack/cluster.sh stop "$dir" kubelet
+    hack/cluster.sh start "$dir" containerd
+    hack/cluster.sh start "$dir" kubelet
+    eventually 60 "the node is ready" sh -c "kubectl get nodes | grep -q ' Ready'"
+    eventually 30 "pods can be entered" all own in
+    [ "$(errors)" = 0 ] || fail "$(errors) errors"
+fi
 deployment later 1 'kube-lxcfs.io/inject: "true"'
 eventually 10 "a pod from after the restart" all own later
-kubectl exec "$(of_app later)" -- cat /tmp/first | has " 65536 kB" || fail "NRI did not come back"
+first_read "$(of_app later)" || fail "NRI did not come back"
 
 step "pods made while lxcfs is away start, and get their view later"
 kubectl -n kube-lxcfs patch daemonset kube-lxcfs-lxcfs -p '{"spec":{"template":{"spec":{"nodeSelector":{"none":"such"}}}}}' >/dev/null
-eventually 60 "lxcfs is away" sh -c "! pgrep -f '[l]xcfs -f .*$host'"
+eventually 60 "lxcfs is away" sh -c "! kubectl -n kube-lxcfs get pods -l app.kubernetes.io/component=lxcfs --no-headers 2>/dev/null | grep -q ."
 deployment away 1 'kube-lxcfs.io/inject: "true"'
 all foreign away || fail "a view without lxcfs"
 kubectl -n kube-lxcfs patch daemonset kube-lxcfs-lxcfs --type=json -p '[{"op":"remove","path":"/spec/template/spec/nodeSelector"}]' >/dev/null
 ready lxcfs
 eventually 40 "it got its view" all own away
 eventually 10 "all others too" all own in
+
+if [ -n "$given" ]; then
+    helm uninstall kube-lxcfs --namespace kube-lxcfs --wait >/dev/null
+    eventually 60 "no view is left" all foreign in
+    step "left out on a cluster that is not ours: killing lxcfs, restarts, reboot, least privileges, sizes, what the host keeps"
+    result=passed
+    exit
+fi
 
 step "the node reboots: everything is killed, mounts are gone, the same pods start again"
 hack/cluster.sh stop "$dir" kubelet
@@ -248,7 +292,7 @@ works() {
     local pod
     pod=$(of_app later | sed -n 1p)
     (eventually 5 "a view" own "$pod") 2>/dev/null || return 1
-    kubectl exec "$pod" -- cat /tmp/first | has " 65536 kB" || return 1
+    first_read "$pod" || return 1
     (eventually 5 "an Event" sh -c "kubectl describe $pod | grep -q LxcfsInjected") 2>/dev/null || return 1
     # Without a watch it lists again and again, which is no way to live.
     ! kubectl -n kube-lxcfs logs "$(pod_of agent)" | has "cannot be watched"
@@ -272,7 +316,7 @@ without_rule() {
 }
 
 step "without NRI and events, as with containerd 1.6: the watch of the pods brings the view"
-install --set "image.tag=e2e-2,lxcfs.image.tag=e2e-2,nri.mode=off,runtime.events=off"
+install --set "image.tag=$second,lxcfs.image.tag=$second,nri.mode=off,runtime.events=off"
 ready agent
 # shellcheck disable=SC2016 # the pod's shell
 deployment late 3 'kube-lxcfs.io/inject: "true"' 'n=0; until grep "^MemTotal: *65536 kB" /proc/meminfo; do usleep 10000; n=$((n + 1)); done; echo $n >/tmp/late; sleep 1000000'
@@ -281,7 +325,7 @@ for pod in $(of_app late); do
     step "    view after the start: about $(kubectl exec "$pod" -- cat /tmp/late)0 ms"
 done
 kubectl delete deployment late --wait >/dev/null
-install --set "image.tag=e2e-2,lxcfs.image.tag=e2e-2"
+install --set "image.tag=$second,lxcfs.image.tag=$second"
 ready agent
 
 step "the agent has the least: each thing that it may is taken away in turn"
@@ -309,7 +353,7 @@ if [ -n "${E2E_SIZES-}" ]; then
     step "sizes, with 100 pods that have a view and do nothing"
     kubectl delete deployment --all --wait >/dev/null
     deployment many 100 'kube-lxcfs.io/inject: "true"' "sleep 1000000"
-    eventually 120 "all have their view" sh -c "[ \"\$(python3 -c 'import urllib.request; print(urllib.request.urlopen(\"http://127.0.0.1:$port/metrics\").read().decode())' | grep 'containers{state=\"injected\"}' | cut -d' ' -f2)\" = 100 ]"
+    eventually 120 "all have their view" injected 100
     agent=$(pgrep -f '^/usr/bin/kube-lxcfs agent') supervisor=$(pgrep -f '^/usr/bin/kube-lxcfs lxcfs')
     sleep 20
     before=("$(cpu_of "$agent")" "$(cpu_of "$supervisor")")
