@@ -201,14 +201,17 @@ pub async fn status(
     for Viewed { process, there } in views(workers).await? {
         let mut files = BTreeMap::new();
         for (file, dev) in there.views() {
-            let state = match answers.get(&dev) {
-                Some(state) => *state,
+            let asked = match answers.get(&dev) {
+                Some(state) => Some(*state),
                 None => match mount::ask(workers, process.clone(), file).await {
-                    Answer::Answers | Answer::Unknown => State::Stale,
-                    Answer::Gone | Answer::Hangs => State::Dead,
+                    Answer::Answers => Some(State::Stale),
+                    Answer::Gone | Answer::Hangs => Some(State::Dead),
+                    // The next container that has a view of it is asked.
+                    Answer::Unknown => None,
                 },
             };
-            answers.insert(dev, state);
+            answers.extend(asked.map(|state| (dev, state)));
+            let state = asked.unwrap_or(State::Stale);
             files.insert(file, state);
         }
         let pid = process.pid();

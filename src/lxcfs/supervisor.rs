@@ -232,8 +232,6 @@ impl Supervisor {
                     hung = Some(dev);
                 }
             }
-        } else {
-            std::fs::create_dir_all(&self.path).map_err(|cause| Error::Path { path: self.path.clone(), cause })?;
         }
         self.unmount_all();
         for (process, _) in &predecessors.processes {
@@ -248,6 +246,8 @@ impl Supervisor {
     }
 
     fn start(&self, options: &[&str]) -> Result<Child, Error> {
+        // Each time: whoever removes it must not keep lxcfs away for good.
+        std::fs::create_dir_all(&self.path).map_err(|cause| Error::Path { path: self.path.clone(), cause })?;
         let pid_file = self.pid_file();
         let _ = std::fs::remove_file(&pid_file);
         let mut command = Command::new(&self.bin);

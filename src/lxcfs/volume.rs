@@ -26,12 +26,13 @@ pub fn leave(lxcfs_path: &Path) -> io::Result<()> {
     let Some(volume) = own.top(point.as_os_str().as_bytes()).filter(|mount| *mount.root != *b"/") else {
         return Ok(());
     };
+    // Its mount point too is theirs while they are there: an lxcfs that is just restarting is mounted on it.
+    if others_use(volume)? {
+        return Ok(());
+    }
     match std::fs::remove_dir(lxcfs_path) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
-    }
-    if others_use(volume)? {
-        return Ok(());
     }
     let host = std::fs::read("/proc/1/mountinfo")?;
     let host = Table::parse(&host).map_err(io::Error::other)?;

@@ -1,4 +1,4 @@
-//! A real etcd and kube-apiserver on loopback, with RBAC, and the agent's own user with the rules of the contract.
+//! A real etcd and kube-apiserver on loopback, with RBAC, and the agent's own user with the rules of the chart.
 
 use std::{
     fs,
@@ -23,8 +23,8 @@ const AGENT: &str = "agent-token";
 /// What the agent may do, and nothing more.
 const RBAC: &str = r#"{"apiVersion":"v1","kind":"List","items":[
 {"apiVersion":"rbac.authorization.k8s.io/v1","kind":"ClusterRole","metadata":{"name":"kube-lxcfs"},"rules":[
- {"apiGroups":[""],"resources":["pods","namespaces"],"verbs":["get","list","watch"]},
- {"apiGroups":["events.k8s.io"],"resources":["events"],"verbs":["create","patch"]}]},
+ {"apiGroups":[""],"resources":["pods","namespaces"],"verbs":["list","watch"]},
+ {"apiGroups":["events.k8s.io"],"resources":["events"],"verbs":["create"]}]},
 {"apiVersion":"rbac.authorization.k8s.io/v1","kind":"ClusterRoleBinding","metadata":{"name":"kube-lxcfs"},
  "roleRef":{"apiGroup":"rbac.authorization.k8s.io","kind":"ClusterRole","name":"kube-lxcfs"},
  "subjects":[{"kind":"User","name":"kube-lxcfs","apiGroup":"rbac.authorization.k8s.io"}]}]}"#;

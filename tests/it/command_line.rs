@@ -25,7 +25,7 @@ fn help_is_complete_and_wrong_usage_ends_with_2() {
     ] {
         assert!(help.contains(word), "{word} is not in {help}");
     }
-    for command in ["agent", "mount", "umount", "remount", "status", "check"] {
+    for command in ["agent", "lxcfs", "mount", "umount", "remount", "status", "check", "hook"] {
         assert!(succeeds(&[command, "--help"]).contains("Usage: kube-lxcfs"), "{command}");
     }
     for wrong in [

@@ -168,6 +168,18 @@ fn a_path_unmounted_or_covered_under_our_feet_is_served_again() {
 }
 
 #[test]
+fn a_mount_point_that_is_removed_is_made_again() {
+    let node = Supervised::start(&[]);
+    // While the supervisor stands still, so that its next lxcfs is not mounted there yet.
+    node.supervisor.signal(Signal::SIGSTOP);
+    node.signal_lxcfs(Signal::SIGKILL);
+    unmount(&node.path);
+    fs::remove_dir(&node.path).unwrap();
+    node.supervisor.signal(Signal::SIGCONT);
+    node.serves();
+}
+
+#[test]
 fn what_came_with_the_pod_is_left_alone_and_kept_current_with_adopt() {
     let (old, new) = (Lxcfs::start(), Lxcfs::start());
     let (reader, pods) = (Reader::start(PAUSE), Pods::start());
