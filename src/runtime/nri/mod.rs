@@ -373,3 +373,127 @@ fn started(pod: Pod, container: wire::Container) -> Option<Started> {
     let pid = (container.pid > 0).then(|| i64::from(container.pid));
     Some(Started { pod, name: container.name, id, pid })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The runtime's end of a session, registered and configured.
+    struct Runtime {
+        stream: UnixStream,
+        raw: BytesMut,
+        calls: u32,
+    }
+
+    impl Runtime {
+        async fn accept(listener: &tokio::net::UnixListener, request_timeout: i64) -> Runtime {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut runtime = Runtime { stream, raw: BytesMut::new(), calls: 0 };
+            let register = runtime.packet(wire::RUNTIME).await;
+            let asked = wire::Request::decode(register.payload).unwrap();
+            assert_eq!(asked.method, "RegisterPlugin");
+            runtime.send(wire::RUNTIME, &empty(register.stream)).await;
+            let configure = ConfigureRequest { request_timeout, ..ConfigureRequest::default() };
+            runtime.call("Configure", &configure).await;
+            let events = wire::ConfigureResponse::decode(runtime.answer().await).unwrap().events;
+            assert_eq!(events, 1 << 5 | 1 << 9 | 1 << 10);
+            runtime
+        }
+
+        async fn send(&mut self, connection: u32, packet: &Packet) {
+            let mut out = BytesMut::new();
+            packet.frame(connection).encode(&mut out);
+            self.stream.write_all(&out).await.unwrap();
+        }
+
+        async fn call(&mut self, method: &str, payload: &impl Message) {
+            self.calls += 2;
+            let payload = payload.encode_to_vec().into();
+            let request = wire::Request { service: SERVICE.into(), method: method.into(), payload };
+            let payload = request.encode_to_vec().into();
+            self.send(wire::PLUGIN, &Packet { stream: self.calls, kind: Kind::Request, payload }).await;
+        }
+
+        async fn packet(&mut self, connection: u32) -> Packet {
+            loop {
+                if let Some(frame) = Frame::decode(&mut self.raw).unwrap() {
+                    assert_eq!(frame.connection, connection);
+                    return Packet::decode(&mut BytesMut::from(&frame.payload[..])).unwrap().unwrap();
+                }
+                assert_ne!(self.stream.read_buf(&mut self.raw).await.unwrap(), 0);
+            }
+        }
+
+        /// The answer to the last call, which is never an error.
+        async fn answer(&mut self) -> Bytes {
+            let packet = self.packet(wire::PLUGIN).await;
+            assert_eq!((packet.stream, packet.kind), (self.calls, Kind::Response));
+            let response = wire::Response::decode(packet.payload).unwrap();
+            assert_eq!(response.status, None);
+            response.payload
+        }
+    }
+
+    fn start(method: &str) -> (&str, Vec<u8>) {
+        let pod = Some(wire::PodSandbox { id: "p".into(), uid: "u".into(), ..Default::default() });
+        let container = Some(wire::Container { id: "c".into(), name: "app".into(), pid: 7, ..Default::default() });
+        let payload = match method {
+            "StateChange" => StateChangeEvent { event: event::START_CONTAINER, pod, container }.encode_to_vec(),
+            _ => wire::ContainerRequest { pod, container }.encode_to_vec(),
+        };
+        (method, payload)
+    }
+
+    #[tokio::test]
+    async fn a_start_is_answered_when_the_view_is_in_place_or_half_of_the_timeout_is_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("nri.sock");
+        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        let ((starts, mut waiting), (updates, mut told)) = (mpsc::channel(4), mpsc::channel(4));
+        let plugin = tokio::spawn(async move { run(&socket, true, Tell { starts, updates }).await });
+        let mut runtime = Runtime::accept(&listener, 600).await;
+        for (method, payload) in [start("StateChange"), start("StartContainer")] {
+            runtime.calls += 2;
+            let request = wire::Request { service: SERVICE.into(), method: method.into(), payload: payload.into() };
+            let packet = Packet { stream: runtime.calls, kind: Kind::Request, payload: request.encode_to_vec().into() };
+            runtime.send(wire::PLUGIN, &packet).await;
+            let Waiting { started, answer } = waiting.recv().await.unwrap();
+            assert_eq!((started.id.as_str(), started.pid, started.pod.uid.as_str()), ("c", Some(7), "u"));
+            // Nothing is answered while the view is not in place.
+            let early = tokio::time::timeout(Duration::from_millis(100), runtime.packet(wire::PLUGIN)).await;
+            assert!(early.is_err(), "{method}: {early:?}");
+            answer.send(()).unwrap();
+            runtime.answer().await;
+            // And whatever hangs, it is answered in time: `answer` is held.
+            runtime.calls += 2;
+            let packet = Packet { stream: runtime.calls, ..packet };
+            let begun = Instant::now();
+            runtime.send(wire::PLUGIN, &packet).await;
+            let _held = waiting.recv().await.unwrap();
+            runtime.answer().await;
+            assert!(begun.elapsed() >= Duration::from_millis(250), "{:?}", begun.elapsed());
+        }
+        // Unknown calls and rubbish are no errors; what runs already comes in parts.
+        runtime.call("PostStartSomething", &ConfigureRequest::default()).await;
+        runtime.answer().await;
+        let pod = wire::PodSandbox { id: "p".into(), uid: "u".into(), ..Default::default() };
+        let container = |id: &str, state| wire::Container {
+            id: id.into(),
+            pod_sandbox_id: "p".into(),
+            state,
+            ..Default::default()
+        };
+        let first = SynchronizeRequest { pods: Vec::new(), containers: vec![container("a", 3)], more: true };
+        runtime.call("Synchronize", &first).await;
+        assert!(wire::SynchronizeResponse::decode(runtime.answer().await).unwrap().more);
+        let containers = vec![container("b", 1), container("ended", 4)];
+        runtime.call("Synchronize", &SynchronizeRequest { pods: vec![pod], containers, more: false }).await;
+        assert!(!wire::SynchronizeResponse::decode(runtime.answer().await).unwrap().more);
+        let Update::Running { running, .. } = told.recv().await.unwrap() else { panic!("something else was told") };
+        assert_eq!(running.iter().map(|s| s.id.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+        // The runtime goes and comes.
+        drop(runtime);
+        Runtime::accept(&listener, 0).await;
+        plugin.abort();
+    }
+}
