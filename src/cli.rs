@@ -364,7 +364,7 @@ async fn run_agent(common: Common, args: AgentArgs) -> Result<ExitCode> {
     let listener = http::listen(args.listen)
         .await
         .with_context(|| format!("{} cannot be listened on; --listen names another address", args.listen))?;
-    tracing::info!(address = %listener.local_addr().unwrap_or(args.listen), "HTTP");
+    tracing::info!(http_address = %listener.local_addr().unwrap_or(args.listen), "serving HTTP");
     let metrics = Arc::new(Metrics::default());
     let (ask, asks) = mpsc::channel(UPDATES);
     let (finder, asked_cri) =

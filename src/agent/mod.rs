@@ -22,7 +22,7 @@ use crate::{
     plan::{Dev, Step, Wish},
     pods::{Trigger, Update},
     report::{
-        Once,
+        OutageLog,
         events::Events,
         http::{Ask, Snapshot},
         metrics::{Metrics, Operation, OperationResult},
@@ -104,7 +104,7 @@ pub async fn run(agent: Agent, inbox: Inbox) -> std::io::Result<()> {
         up: lxcfs::mounted(&lxcfs_path).is_some(),
         changed: None,
         metrics,
-        trouble: Once::default(),
+        outage: OutageLog::new("lxcfs"),
     };
     agent.metrics.lxcfs(agent.up);
     // What an lxcfs left that ended while no agent looked.
@@ -165,7 +165,7 @@ struct Loop {
     /// When another lxcfs came to serve, until every view is current.
     changed: Option<Instant>,
     metrics: Arc<Metrics>,
-    trouble: Once,
+    outage: OutageLog,
 }
 
 struct Before {
@@ -223,7 +223,7 @@ impl Loop {
             }
             Told::Lxcfs(generation, _) if generation != self.generation => {}
             Told::Lxcfs(_, Ok(found)) => {
-                self.trouble.over("lxcfs serves again");
+                self.outage.recovered("lxcfs serves again");
                 self.is_up(true);
                 self.source = Some(found);
                 self.state.lxcfs_found(Ok(()), Instant::now());
@@ -232,7 +232,7 @@ impl Loop {
                 if self.state.lxcfs_missing_first() {
                     self.sweep_dead();
                 }
-                self.trouble.warn("views wait for lxcfs", &e);
+                self.outage.failed("no lxcfs serves", &e);
                 self.is_up(false);
                 self.state.lxcfs_found(Err(e.to_string()), Instant::now());
             }
@@ -276,7 +276,7 @@ impl Loop {
     }
 
     fn lxcfs_changed(&mut self, change: Change) {
-        tracing::info!(?change, "lxcfs changed");
+        log_lxcfs_change(change);
         self.generation += 1;
         if let Some(source) = self.source.take() {
             self.before.push(Before { dev: source.dev, held: Arc::downgrade(&source), gone: false });
@@ -377,7 +377,7 @@ impl Effects {
                     Err(late) => (Finished::Hangs { why: late.error.to_string() }, Some(late.result)),
                 },
             };
-            tracing::debug!(container = name, ?finished, took = ?begun.elapsed(), "end");
+            tracing::debug!(container = name, completion = ?finished, elapsed = ?begun.elapsed(), "operation finished");
             tell_story(&name, &finished, begun.elapsed());
             // One that hangs holds no place of others.
             drop(permit);
@@ -392,9 +392,20 @@ impl Effects {
                 // It was not begun, or ended in a panic.
                 Some(None) => Finished::Later,
             };
-            tracing::debug!(container = name, ?finished, took = ?begun.elapsed(), "late end");
+            tracing::debug!(container = name, completion = ?finished, elapsed = ?begun.elapsed(), "hung operation finished");
             let _ = tell.send(Told::Finished { id, finished, wish, took: begun.elapsed() }).await;
         });
+    }
+}
+
+fn log_lxcfs_change(change: Change) {
+    match change {
+        Change::Mounted(Some(identity)) => tracing::info!(lxcfs = "mounted", dev = %identity.dev, "lxcfs changed"),
+        Change::Mounted(None) => tracing::info!(lxcfs = "unmounted", "lxcfs changed"),
+        Change::Ended { was, supervised } => {
+            tracing::info!(lxcfs = "exited", dev = %was.dev, supervised, "lxcfs changed");
+        }
+        Change::Hangs(was) => tracing::info!(lxcfs = "unresponsive", dev = %was.dev, "lxcfs changed"),
     }
 }
 
@@ -403,18 +414,20 @@ fn tell_story(container: &str, finished: &Finished, took: Duration) {
     let (Finished::Done { done, .. } | Finished::Failed { done, .. }) = finished else { return };
     let of = |wanted: fn(&Step) -> bool| done.iter().filter(|s| wanted(s)).map(|s| s.file()).collect::<FileSet>();
     let changes = [
-        ("view put in", of(|s| matches!(s, Step::Inject(_)))),
-        ("view made current", of(|s| matches!(s, Step::Swap(..) | Step::Adopt(..)))),
-        ("view taken out", of(|s| matches!(s, Step::Remove(..)))),
+        ("inject", "view injected", of(|s| matches!(s, Step::Inject(_)))),
+        ("remount", "view remounted", of(|s| matches!(s, Step::Swap(..) | Step::Adopt(..)))),
+        ("remove", "view removed", of(|s| matches!(s, Step::Remove(..)))),
     ];
-    for (what, files) in changes.into_iter().filter(|(_, files)| !files.is_empty()) {
-        tracing::info!(container, %files, ?took, "{what}");
+    for (operation, message, files) in changes.into_iter().filter(|(.., files)| !files.is_empty()) {
+        tracing::info!(operation, container, %files, elapsed = ?took, "{message}");
     }
 }
 
 fn told(swept: std::io::Result<node::Pass>) {
     match swept {
-        Ok(swept) if swept.files > 0 => tracing::info!(%swept, "containers have their own files back, lxcfs is gone"),
+        Ok(swept) if swept.files > 0 => {
+            tracing::info!(swept_files = swept.files, %swept, "removed views of an exited lxcfs")
+        }
         Ok(_) => {}
         Err(e) => tracing::warn!("containers could not be looked at: {e}"),
     }

@@ -456,8 +456,8 @@ impl State {
     /// Why nothing can be decided yet.
     pub fn waits_for(&self) -> Option<&'static str> {
         match (self.pods_listed, self.namespaces_listed) {
-            (false, _) => Some("the pods are not listed yet"),
-            (true, false) => Some("the namespaces are not listed yet"),
+            (false, _) => Some("pods not listed yet"),
+            (true, false) => Some("namespaces not listed yet"),
             (true, true) => None,
         }
     }

@@ -141,12 +141,12 @@ impl Supervisor {
             let ended = match self.until_serving(&mut child, &askers, &mut signals).await {
                 Err(ended) => ended,
                 Ok(identity) => {
-                    tracing::info!(dev = %identity.dev, took = ?begun.elapsed(), "lxcfs serves");
+                    tracing::info!(lxcfs = "serving", dev = %identity.dev, elapsed = ?begun.elapsed(), "lxcfs serves");
                     self.make_current(&sweepers, &askers, &mut predecessors).await;
                     let ended = self.serve(&mut child, identity, &askers, pulse, &mut notice, &mut signals).await;
                     let died = Instant::now();
                     if let Ended::Hung = ended {
-                        tracing::error!("lxcfs gives no answer for {:?} and is killed", self.watchdog);
+                        tracing::error!(exit_reason = "hung", timeout = ?self.watchdog, "lxcfs is unresponsive, killing it");
                         let _ = child.start_kill();
                     }
                     // Nobody can make new views of it from here on; those that are there go on working while it lives.
@@ -160,7 +160,7 @@ impl Supervisor {
                         // Whoever was putting a view in at that moment is done now.
                         sweep(&sweepers, identity.dev).await;
                         self.leave();
-                        tracing::info!("lxcfs has ended, no container has a view of it");
+                        tracing::info!(exit_reason = "shutdown", "lxcfs stopped");
                         return Ok(());
                     }
                     tracing::info!(took = ?died.elapsed(), "swept");
@@ -175,7 +175,8 @@ impl Supervisor {
             }
             match &ended {
                 Ended::Exit(Ok(status)) => {
-                    tracing::error!("lxcfs ended by itself ({}) after {:.1?}", describe(*status), begun.elapsed());
+                    let (status, elapsed) = (describe(*status), begun.elapsed());
+                    tracing::error!(exit_reason = "exited", status, ?elapsed, "lxcfs exited");
                 }
                 Ended::Exit(Err(e)) => tracing::error!("lxcfs cannot be waited for: {e}"),
                 _ => {}
@@ -346,7 +347,7 @@ impl Supervisor {
                 status = child.wait() => return Ended::Exit(status),
                 () = &mut hangs => return Ended::Hung,
                 () = &mut unmounted => {
-                    tracing::error!("lxcfs is no longer the topmost mount at {}", self.path.display());
+                    tracing::error!(exit_reason = "unmounted", path = %self.path.display(), "lxcfs is no longer the topmost mount");
                     return Ended::Unmounted;
                 }
                 _ = signals.terminate.recv() => return Ended::Told,
@@ -409,7 +410,9 @@ fn detach(path: &Path) -> rustix::io::Result<()> {
 
 async fn sweep(sweepers: &Workers, dev: Dev) {
     match node::sweep(sweepers, HashSet::from([dev])).await {
-        Ok(swept) if swept.files > 0 => tracing::info!(%swept, "containers have their own files back"),
+        Ok(swept) if swept.files > 0 => {
+            tracing::info!(swept_files = swept.files, %swept, "removed views of an exited lxcfs")
+        }
         Ok(_) => {}
         Err(e) => tracing::error!("containers could not be swept: {e}"),
     }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::sync::mpsc::Sender;
 
 use super::Update;
-use crate::{report::Once, runtime::cri::Cri};
+use crate::{report::OutageLog, runtime::cri::Cri};
 
 /// How often the runtime is asked where nothing else tells of starts and ends.
 const PERIOD: Duration = Duration::from_secs(30);
@@ -15,12 +15,12 @@ const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), PERIOD);
 
 /// Watches until the receiver is gone.
 pub async fn watch(cri: Cri, updates: Sender<Update>) {
-    let mut trouble = Once::default();
+    let mut outage = OutageLog::new("pods");
     let mut wait = BACKOFF.0;
     loop {
         match cri.pods().await {
             Ok(pods) => {
-                trouble.over("the runtime answers again");
+                outage.recovered("the runtime lists pods again");
                 wait = BACKOFF.0;
                 if updates.send(Update::Pods(pods)).await.is_err() {
                     return;
@@ -28,7 +28,7 @@ pub async fn watch(cri: Cri, updates: Sender<Update>) {
                 tokio::time::sleep(PERIOD).await;
             }
             Err(e) => {
-                trouble.warn("pods cannot be listed from the runtime", &e);
+                outage.failed("failed to list pods from the runtime", &e);
                 tokio::time::sleep(wait).await;
                 wait = (wait * 2).min(BACKOFF.1);
             }

@@ -22,7 +22,7 @@ use tokio::sync::mpsc::Sender;
 use super::{Container, Namespace, Pod, Update};
 use crate::{
     policy::{Annotations, INJECT},
-    report::Once,
+    report::OutageLog,
     runtime::ContainerId,
 };
 
@@ -53,7 +53,7 @@ struct Names<T> {
 }
 
 async fn forward<K: Send + 'static, T>(
-    what: &str,
+    what: &'static str,
     stream: impl Stream<Item = watcher::Result<Event<K>>>,
     reduce: impl Fn(K) -> Option<T>,
     key: impl Fn(&T) -> String,
@@ -62,11 +62,11 @@ async fn forward<K: Send + 'static, T>(
 ) {
     let mut stream = pin!(stream);
     let mut listed = Vec::new();
-    let mut trouble = Once::default();
+    let mut outage = OutageLog::new(what);
     while let Some(event) = stream.next().await {
         let update = match event {
             Ok(event) => {
-                trouble.over(&format!("the API server answers again for {what}"));
+                outage.recovered(&format!("the watch of {what} works again"));
                 match event {
                     Event::Init => {
                         listed = Vec::new();
@@ -82,7 +82,7 @@ async fn forward<K: Send + 'static, T>(
                 }
             }
             Err(e) => {
-                trouble.warn(&format!("{what} cannot be watched at the API server"), &e);
+                outage.failed(&format!("failed to watch {what} at the API server"), &e);
                 None
             }
         };

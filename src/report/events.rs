@@ -9,7 +9,7 @@ use kube::{
 };
 use tokio::sync::mpsc;
 
-use super::Once;
+use super::OutageLog;
 
 /// The pod an event is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +31,18 @@ pub enum Reason {
 }
 
 impl Reason {
+    /// What the agent did or tried, in the words of the event's `action`.
+    fn action(self) -> &'static str {
+        match self {
+            Reason::LxcfsInjected
+            | Reason::LxcfsInjectFailed
+            | Reason::LxcfsInvalidAnnotation
+            | Reason::LxcfsUnsupportedRuntime => "Inject",
+            Reason::LxcfsRemoved => "Remove",
+            Reason::LxcfsRemounted => "Remount",
+        }
+    }
+
     fn warns(self) -> bool {
         matches!(self, Reason::LxcfsInjectFailed | Reason::LxcfsInvalidAnnotation | Reason::LxcfsUnsupportedRuntime)
     }
@@ -69,11 +81,11 @@ impl Events {
     pub fn to_pods(client: Client, node: String) -> Events {
         let (sender, mut waiting) = mpsc::channel::<PodEvent>(MOST_WAITING);
         tokio::spawn(async move {
-            let mut trouble = Once::default();
+            let mut outage = OutageLog::new("events");
             while let Some(event) = waiting.recv().await {
                 // A recorder folds events alike into a series that keeps the first one's note; each of ours is a change.
                 let reporter = Reporter { controller: "kube-lxcfs".into(), instance: Some(node.clone()) };
-                publish(&Recorder::new(client.clone(), reporter), event, &mut trouble).await;
+                publish(&Recorder::new(client.clone(), reporter), event, &mut outage).await;
             }
         });
         Events(Some(sender))
@@ -107,7 +119,7 @@ fn is_final(status: &kube::core::Status) -> bool {
     }
 }
 
-async fn publish(recorder: &Recorder, PodEvent { pod, reason, mut note }: PodEvent, trouble: &mut Once) {
+async fn publish(recorder: &Recorder, PodEvent { pod, reason, mut note }: PodEvent, outage: &mut OutageLog) {
     if note.len() > LONGEST_NOTE {
         note.truncate(note.floor_char_boundary(LONGEST_NOTE - '…'.len_utf8()));
         note.push('…');
@@ -116,7 +128,7 @@ async fn publish(recorder: &Recorder, PodEvent { pod, reason, mut note }: PodEve
         type_: if reason.warns() { EventType::Warning } else { EventType::Normal },
         reason: format!("{reason:?}"),
         note: Some(note),
-        action: "View".into(),
+        action: reason.action().into(),
         secondary: None,
     };
     let regarding = ObjectReference {
@@ -132,7 +144,7 @@ async fn publish(recorder: &Recorder, PodEvent { pod, reason, mut note }: PodEve
     let mut wait = RETRY.0;
     loop {
         let why = match tokio::time::timeout(TIMEOUT, recorder.publish(&event, &regarding)).await {
-            Ok(Ok(())) => return trouble.over("the API server takes events again"),
+            Ok(Ok(())) => return outage.recovered("events are published again"),
             Ok(Err(kube::Error::Api(status))) if is_final(&status) => {
                 tracing::warn!("event {reason:?} on pod {namespace}/{name} was refused: {}", status.message);
                 return;
@@ -144,7 +156,7 @@ async fn publish(recorder: &Recorder, PodEvent { pod, reason, mut note }: PodEve
             tracing::warn!("event {reason:?} on pod {namespace}/{name} was given up: {why}");
             return;
         }
-        trouble.warn("events wait for the API server", &why);
+        outage.failed("failed to publish events", &why);
         tokio::time::sleep(wait).await;
         wait = (wait * 2).min(RETRY.1);
     }

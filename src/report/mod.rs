@@ -6,26 +6,33 @@ pub mod metrics;
 
 use std::fmt::Display;
 
-/// Tells a trouble that lasts once when it begins and once when it is over, not at every retry.
-#[derive(Debug, Default)]
-pub struct Once {
-    told: bool,
+/// Logs an outage once when it starts and once when it is over, not at every retry.
+#[derive(Debug)]
+pub struct OutageLog {
+    /// The component that fails, as in the field `subject` of the log.
+    subject: &'static str,
+    failing: bool,
 }
 
-impl Once {
-    /// Warns, the first time; what it says later goes to the debug log.
-    pub fn warn(&mut self, what: &str, cause: &dyn Display) {
-        if std::mem::replace(&mut self.told, true) {
-            tracing::debug!("{what}: {cause}");
+impl OutageLog {
+    pub fn new(subject: &'static str) -> OutageLog {
+        OutageLog { subject, failing: false }
+    }
+
+    /// Logs a failure: a warning for the first of an outage, and debug messages for those that follow.
+    pub fn failed(&mut self, message: &str, cause: &dyn Display) {
+        let OutageLog { subject, failing } = self;
+        if std::mem::replace(failing, true) {
+            tracing::debug!(subject, %cause, "{message}");
         } else {
-            tracing::warn!("{what}: {cause}; will be retried");
+            tracing::warn!(subject, outage = "started", %cause, "{message}; retrying");
         }
     }
 
-    /// Says that it is over, if it was told that it began.
-    pub fn over(&mut self, message: &str) {
-        if std::mem::take(&mut self.told) {
-            tracing::info!("{message}");
+    /// Logs the recovery from an outage that was logged.
+    pub fn recovered(&mut self, message: &str) {
+        if std::mem::take(&mut self.failing) {
+            tracing::info!(subject = self.subject, outage = "recovered", "{message}");
         }
     }
 }

@@ -15,7 +15,7 @@ use serde::{Serialize, Serializer};
 
 use crate::{
     mount::{Process, ProcessError},
-    report::Once,
+    report::OutageLog,
 };
 
 /// A container's id as runtimes give it, validated: 1 to 128 of `[A-Za-z0-9_.-]`.
@@ -102,13 +102,18 @@ pub struct Runtime {
     proc: proc::Cgroups,
     /// With `--pid-from auto`, what CRI cannot tell now is looked up in `/proc`.
     fall_back: bool,
-    trouble: Arc<Mutex<Once>>,
+    outage: Arc<Mutex<OutageLog>>,
 }
 
 impl Runtime {
     pub fn new(from: PidFrom, cri: cri::Cri) -> Runtime {
         let cri = (from != PidFrom::Proc).then_some(cri);
-        Runtime { cri, proc: proc::Cgroups::default(), fall_back: from == PidFrom::Auto, trouble: Arc::default() }
+        Runtime {
+            cri,
+            proc: proc::Cgroups::default(),
+            fall_back: from == PidFrom::Auto,
+            outage: Arc::new(Mutex::new(OutageLog::new("cri"))),
+        }
     }
 
     /// The first process of a running container. `told` is its pid where the runtime told it with the start; the runtime is asked
@@ -155,11 +160,13 @@ impl Runtime {
 
     /// Tells in the log, once, that CRI does not answer, and that it does again.
     fn noted<T>(&self, answer: Result<T, Error>) -> Result<T, Error> {
-        let mut trouble = self.trouble.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut outage = self.outage.lock().unwrap_or_else(PoisonError::into_inner);
         match &answer {
-            Err(Error::Cri(e)) if self.fall_back => trouble.warn("pids are taken from /proc meanwhile", e),
-            Err(Error::Cri(e)) => trouble.warn("pids cannot be asked for", e),
-            _ => trouble.over("the runtime answers again"),
+            Err(Error::Cri(e)) if self.fall_back => {
+                outage.failed("CRI is unavailable, falling back to /proc for pids", e)
+            }
+            Err(Error::Cri(e)) => outage.failed("failed to resolve pids over CRI", e),
+            _ => outage.recovered("CRI responds again"),
         }
         answer
     }

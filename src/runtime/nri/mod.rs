@@ -28,7 +28,7 @@ use super::{ContainerId, sandboxed};
 use crate::{
     pods::{Pod, Started, Trigger, Update},
     policy::Annotations,
-    report::Once,
+    report::OutageLog,
     sys,
 };
 
@@ -97,13 +97,13 @@ pub struct Tell {
 /// # Errors
 /// With `required`, when the first session does not come about.
 pub async fn run(socket: &Path, required: bool, tell: Tell) -> Result<(), Error> {
-    let mut trouble = Once::default();
+    let mut outage = OutageLog::new("nri");
     let mut wait = BACKOFF.0;
     let mut first = required;
     loop {
         let begun = Instant::now();
         let mut registered = false;
-        let ended = session(socket, &tell, &mut registered, &mut trouble).await;
+        let ended = session(socket, &tell, &mut registered, &mut outage).await;
         if tell.updates.is_closed() {
             return Ok(());
         }
@@ -113,7 +113,7 @@ pub async fn run(socket: &Path, required: bool, tell: Tell) -> Result<(), Error>
             Err(Error::Connect { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {
                 tracing::debug!("NRI: no socket {}", socket.display());
             }
-            Err(e) => trouble.warn("views come by other ways than NRI meanwhile", &e),
+            Err(e) => outage.failed("NRI is unavailable, using CRI events and the pod watch", &e),
             Ok(never) => match never {},
         }
         first &= !registered;
@@ -154,7 +154,7 @@ fn make_notice(socket: &Path) -> io::Result<std::os::fd::OwnedFd> {
 enum Never {}
 
 /// One session, from the connection to its end.
-async fn session(socket: &Path, tell: &Tell, registered: &mut bool, trouble: &mut Once) -> Result<Never, Error> {
+async fn session(socket: &Path, tell: &Tell, registered: &mut bool, outage: &mut OutageLog) -> Result<Never, Error> {
     let connected = UnixStream::connect(socket).await;
     let mut stream = connected.map_err(|cause| Error::Connect { path: socket.to_owned(), cause })?;
     let (mut read, mut write) = stream.split();
@@ -192,8 +192,8 @@ async fn session(socket: &Path, tell: &Tell, registered: &mut bool, trouble: &mu
                     if let (Kind::Response, 1, false) = (packet.kind, packet.stream, *registered) {
                         accepted(&packet.payload)?;
                         *registered = true;
-                        tracing::info!("NRI: views are in place before a container's first instruction");
-                        trouble.over("NRI: the runtime is back");
+                        tracing::info!(nri = "registered", "NRI plugin registered");
+                        outage.recovered("NRI is available again");
                     }
                 }
                 while let Some(packet) = Packet::decode(&mut asked)? {
