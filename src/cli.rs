@@ -1,7 +1,7 @@
 //! The command line: flags in, one module called, text or JSON out. Decides nothing.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     ffi::OsString,
     io::{IsTerminal, Write},
     net::SocketAddr,
@@ -12,10 +12,11 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use futures::{StreamExt, stream};
 use serde::Serialize;
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::JoinSet};
+use tracing_subscriber::EnvFilter;
 
 use crate::{
     agent::{self, Agent, Inbox, state::State},
@@ -208,10 +209,10 @@ struct AgentArgs {
 #[group(required = true, multiple = false)]
 struct One {
     /// A process of the container, by its pid on the host.
-    #[arg(long, env = "KUBE_LXCFS_PID", value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pid: Option<i64>,
     /// The container's id, or a prefix that only one running container has.
-    #[arg(long, env = "KUBE_LXCFS_CONTAINER", value_name = "ID")]
+    #[arg(long, value_name = "ID")]
     container: Option<String>,
 }
 
@@ -220,13 +221,13 @@ struct One {
 #[group(required = true, multiple = false)]
 struct OneOrAll {
     /// A process of the container, by its pid on the host.
-    #[arg(long, env = "KUBE_LXCFS_PID", value_name = "N", allow_negative_numbers = true)]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pid: Option<i64>,
     /// The container's id, or a prefix that only one running container has.
-    #[arg(long, env = "KUBE_LXCFS_CONTAINER", value_name = "ID")]
+    #[arg(long, value_name = "ID")]
     container: Option<String>,
     /// Every container of this node that has a view.
-    #[arg(long, env = "KUBE_LXCFS_ALL")]
+    #[arg(long)]
     all: bool,
 }
 
@@ -235,7 +236,7 @@ pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         // A hook that fails keeps the container from starting.
-        Err(e) if e.use_stderr() && std::env::args_os().any(|arg| arg == "hook") => {
+        Err(e) if e.use_stderr() && is_hook(std::env::args_os()) => {
             let _ = e.print();
             return ExitCode::SUCCESS;
         }
@@ -258,13 +259,33 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Whether the subcommand of a command line, which may be wrong otherwise, is `hook`.
+fn is_hook(args: impl IntoIterator<Item = OsString>) -> bool {
+    let lenient = Cli::command().ignore_errors(true).try_get_matches_from(args);
+    lenient.is_ok_and(|matches| matches.subcommand_name() == Some("hook"))
+}
+
+/// The log filter where `RUST_LOG` sets none.
+const DEFAULT_LOG_FILTER: &str = "info,kube_runtime=error,kube_client=error";
+
+/// Starts the log on stderr. An invalid `RUST_LOG` is reported once, and the default filter is used.
 fn log_to_stderr(format: LogFormat) {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,kube_runtime=error,kube_client=error"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let (filter, invalid) = match std::env::var_os("RUST_LOG") {
+        None => (EnvFilter::new(DEFAULT_LOG_FILTER), None),
+        Some(value) if value.is_empty() => (EnvFilter::new(DEFAULT_LOG_FILTER), None),
+        Some(value) => match value.to_str().map(EnvFilter::try_new) {
+            Some(Ok(filter)) => (filter, None),
+            Some(Err(e)) => (EnvFilter::new(DEFAULT_LOG_FILTER), Some(e.to_string())),
+            None => (EnvFilter::new(DEFAULT_LOG_FILTER), Some("not UTF-8".to_owned())),
+        },
+    };
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(true);
     match format {
         LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).init(),
         LogFormat::Json => log.json().flatten_event(true).init(),
+    }
+    if let Some(cause) = invalid {
+        tracing::warn!(%cause, "ignoring an invalid RUST_LOG, using '{DEFAULT_LOG_FILTER}'");
     }
 }
 
@@ -345,17 +366,20 @@ async fn run_agent(common: Common, args: AgentArgs) -> Result<ExitCode> {
     let (waiting, starts) = mpsc::channel(UPDATES);
     let from_kubernetes = args.pods_from == PodsFrom::Kubernetes;
     let (told, cri_told) = (tell.clone(), tell.clone());
+    let mut watchers = Watchers::default();
     let events = if from_kubernetes {
         let node =
             args.node_name.ok_or_else(|| anyhow!("the node's name is not known: give --node-name or set NODE_NAME"))?;
         let told =
             "no API server is known: run in a pod with a service account, set KUBECONFIG, or use --pods-from cri";
         let client = kube::Client::try_default().await.context(told)?;
-        tokio::spawn(pods::kubernetes::watch_pods(client.clone(), node.clone(), tell.clone()));
-        tokio::spawn(pods::kubernetes::watch_namespaces(client.clone(), tell));
-        Events::to_pods(client, node)
+        watchers.spawn("the watch of pods", pods::kubernetes::watch_pods(client.clone(), node.clone(), tell.clone()));
+        watchers.spawn("the watch of namespaces", pods::kubernetes::watch_namespaces(client.clone(), tell));
+        let (events, publisher) = Events::to_pods(client, node);
+        watchers.spawn("the publisher of Events", publisher);
+        events
     } else {
-        tokio::spawn(pods::cri::watch(cri.clone(), tell));
+        watchers.spawn("the watch of pod sandboxes", pods::cri::watch(cri.clone(), tell));
         Events::to_log()
     };
     let state = State::new(args.inject_by_default, from_kubernetes, args.adopt);
@@ -394,7 +418,7 @@ async fn run_agent(common: Common, args: AgentArgs) -> Result<ExitCode> {
     let lxcfs_path = common.lxcfs_path.clone();
     let agent = Agent { workers, runtime, lxcfs_path: common.lxcfs_path, events, state, adopt: args.adopt, metrics };
     if args.cri_events == CriEvents::Auto && (common.pid_from != PidFrom::Proc || !from_kubernetes) {
-        tokio::spawn(cri.tell_events(cri_told));
+        watchers.spawn("the watch of CRI events", cri.tell_events(cri_told));
     }
     let nri = async {
         if args.nri == Nri::Off {
@@ -403,7 +427,8 @@ async fn run_agent(common: Common, args: AgentArgs) -> Result<ExitCode> {
         nri::run(&args.nri_socket, args.nri == Nri::Required, nri::Tell { starts: waiting, updates: told }).await
     };
     tokio::select! {
-        ended = agent::run(agent, Inbox { updates, starts, asks }) => ended.context("signals cannot be listened for")?,
+        ended = agent::run(agent, Inbox { updates, starts, asks }) => ended?,
+        stopped = watchers.stopped() => return Err(stopped),
         ended = nri => ended?,
         ended = http::serve(listener, sources) => ended.context("HTTP cannot be served")?,
     }
@@ -412,6 +437,31 @@ async fn run_agent(common: Common, args: AgentArgs) -> Result<ExitCode> {
         tracing::debug!("the volume that lxcfs is mounted in stays: {e}");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Tasks that run as long as the agent does: one that returns or panics is an error of the agent, which the kubelet
+/// restarts. Dropped, they are aborted.
+#[derive(Debug, Default)]
+struct Watchers {
+    tasks: JoinSet<()>,
+    names: HashMap<tokio::task::Id, &'static str>,
+}
+
+impl Watchers {
+    fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        self.names.insert(self.tasks.spawn(task).id(), name);
+    }
+
+    /// Waits for the first that stops, and says which and why.
+    async fn stopped(&mut self) -> anyhow::Error {
+        let (id, why) = match self.tasks.join_next_with_id().await {
+            None => return std::future::pending().await,
+            Some(Ok((id, ()))) => (id, "it returned".to_owned()),
+            Some(Err(e)) => (e.id(), e.to_string()),
+        };
+        let name = self.names.get(&id).copied().unwrap_or("a task");
+        anyhow!("{name} stopped: {why}; this is a bug, report it with the agent's log")
+    }
 }
 
 async fn run_hook(common: &Common, inject_by_default: bool) -> Result<()> {
@@ -601,8 +651,6 @@ fn print(output: Output, value: &impl Serialize, text: impl FnOnce() -> Vec<Stri
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     #[test]
@@ -614,6 +662,47 @@ mod tests {
             assert!(command.get_name() == "help" || command.get_about().is_some(), "{}", command.get_name());
             for arg in command.get_arguments() {
                 assert!(arg.get_help().is_some(), "{} {}", command.get_name(), arg.get_id());
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn watcher_that_stops_is_an_error() {
+        let mut watchers = Watchers::default();
+        watchers.spawn("a", std::future::pending());
+        watchers.spawn("b", async { panic!("as the test wants it") });
+        let error = watchers.stopped().await.to_string();
+        assert!(error.starts_with("b stopped:") && error.contains("panicked"), "{error}");
+        watchers.spawn("c", async {});
+        let error = watchers.stopped().await.to_string();
+        assert!(error.starts_with("c stopped: it returned"), "{error}");
+    }
+
+    #[test]
+    fn hook_is_recognised_as_subcommand_only() {
+        for (args, expected) in [
+            (&["hook", "--no-such-flag"][..], true),
+            (&["--log-format", "json", "hook", "--no-such-flag"], true),
+            (&["hook", "--log-format", "yaml"], true),
+            (&["umount", "--container", "hook", "--pid", "1"], false),
+            (&["mount", "hook"], false),
+            (&["--lxcfs-path", "hook", "nonsense"], false),
+            (&["nonsense", "hook"], false),
+            (&[], false),
+        ] {
+            let args = [&["kube-lxcfs"], args].concat();
+            assert_eq!(is_hook(args.iter().map(OsString::from)), expected, "{args:?}");
+        }
+    }
+
+    #[test]
+    fn targets_read_no_environment_variable() {
+        let cli = Cli::command();
+        for command in cli.get_subcommands() {
+            for arg in
+                command.get_arguments().filter(|arg| ["pid", "container", "all"].contains(&arg.get_id().as_str()))
+            {
+                assert_eq!(arg.get_env(), None, "{} --{}", command.get_name(), arg.get_id());
             }
         }
     }

@@ -91,7 +91,7 @@ pub async fn run(agent: Agent, inbox: Inbox) -> std::io::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (tell, mut told) = mpsc::channel(MOST_AT_ONCE);
     let finder = Finder::new(&lxcfs_path);
-    let watching = tokio::spawn(tell_changes(Watch::new(finder.clone(), workers.clone())?, tell.clone()));
+    let mut watching = tokio::spawn(tell_changes(Watch::new(finder.clone(), workers.clone())?, tell.clone()));
     let effects = Effects { workers, runtime, finder, adopt, permits: Arc::new(Semaphore::new(MOST_AT_ONCE)), tell };
     let mut agent = Loop {
         effects,
@@ -132,6 +132,12 @@ pub async fn run(agent: Agent, inbox: Inbox) -> std::io::Result<()> {
             Some(update) = updates.recv() => agent.state.update(update, Instant::now()),
             Some(told) = told.recv() => agent.told(told),
             () = wake => {}
+            stopped = &mut watching => {
+                let why = stopped.err().map_or("it returned".to_owned(), |e| e.to_string());
+                return Err(std::io::Error::other(format!(
+                    "the watch of lxcfs stopped: {why}; this is a bug, report it with the agent's log"
+                )));
+            }
             _ = resync.tick() => agent.state.resync(),
         }
     }
@@ -426,7 +432,7 @@ fn tell_story(container: &str, finished: &Finished, took: Duration) {
 fn told(swept: std::io::Result<node::Pass>) {
     match swept {
         Ok(swept) if swept.files > 0 => {
-            tracing::info!(swept_files = swept.files, %swept, "removed views of an exited lxcfs")
+            tracing::info!(swept_files = swept.files, %swept, "removed views of an exited lxcfs");
         }
         Ok(_) => {}
         Err(e) => tracing::warn!("containers could not be looked at: {e}"),

@@ -411,7 +411,7 @@ fn detach(path: &Path) -> rustix::io::Result<()> {
 async fn sweep(sweepers: &Workers, dev: Dev) {
     match node::sweep(sweepers, HashSet::from([dev])).await {
         Ok(swept) if swept.files > 0 => {
-            tracing::info!(swept_files = swept.files, %swept, "removed views of an exited lxcfs")
+            tracing::info!(swept_files = swept.files, %swept, "removed views of an exited lxcfs");
         }
         Ok(_) => {}
         Err(e) => tracing::error!("containers could not be swept: {e}"),

@@ -68,7 +68,7 @@ pub enum Error {
     #[error("the mount table of process {pid} cannot be read: {cause}")]
     Observe { pid: i32, cause: io::Error },
     /// The lxcfs whose view files were to be put in is no longer mounted.
-    #[error("lxcfs was unmounted just now")]
+    #[error("lxcfs was unmounted during the operation")]
     SourceGone,
     /// Some steps were not made; the others were.
     #[error("process {pid}: {}", .failed.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
@@ -211,6 +211,11 @@ pub fn visit(seat: &Seat, process: &Process, task: &Task) -> Result<Outcome, Err
         };
         let steps: Vec<(Step, Option<io::Result<OwnedFd>>)> =
             steps.into_iter().map(|step| (step, clone(step))).collect();
+        // A mount that is attached to no namespace cannot be cloned (open_tree(2): EINVAL).
+        let unmounted = |e: &io::Error| e.raw_os_error() == Some(libc::EINVAL);
+        if steps.iter().any(|(_, clone)| matches!(clone, Some(Err(e)) if unmounted(e))) {
+            return Err(Error::SourceGone);
+        }
         let mut failed = Vec::new();
         let mut changed = false;
         seat.inside(process, |inside| {

@@ -77,18 +77,18 @@ impl Events {
         Events(None)
     }
 
-    /// Events onto the pods, told as by the agent on `node`. Runs until the last clone is dropped.
-    pub fn to_pods(client: Client, node: String) -> Events {
+    /// Events on the pods, reported by the agent on `node`, and the task that publishes them until the last clone is dropped.
+    pub fn to_pods(client: Client, node: String) -> (Events, impl Future<Output = ()> + Send + 'static) {
         let (sender, mut waiting) = mpsc::channel::<PodEvent>(MOST_WAITING);
-        tokio::spawn(async move {
+        let publisher = async move {
             let mut outage = OutageLog::new("events");
             while let Some(event) = waiting.recv().await {
                 // A recorder folds events alike into a series that keeps the first one's note; each of ours is a change.
                 let reporter = Reporter { controller: "kube-lxcfs".into(), instance: Some(node.clone()) };
                 publish(&Recorder::new(client.clone(), reporter), event, &mut outage).await;
             }
-        });
-        Events(Some(sender))
+        };
+        (Events(Some(sender)), publisher)
     }
 
     /// Tells an event; never waits.

@@ -187,7 +187,10 @@ impl Cri {
             match self.events(&updates).await {
                 // CRI-O without evented PLEG ends every stream at once.
                 Ok(true) => {}
-                Ok(false) => return tracing::debug!("the runtime has no container events"),
+                Ok(false) => {
+                    tracing::debug!("the runtime has no container events");
+                    return updates.closed().await;
+                }
                 // Whoever needs the runtime tells that it is away.
                 Err(e) => tracing::debug!("no events: {e}"),
             }

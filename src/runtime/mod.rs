@@ -163,7 +163,7 @@ impl Runtime {
         let mut outage = self.outage.lock().unwrap_or_else(PoisonError::into_inner);
         match &answer {
             Err(Error::Cri(e)) if self.fall_back => {
-                outage.failed("CRI is unavailable, falling back to /proc for pids", e)
+                outage.failed("CRI is unavailable, falling back to /proc for pids", e);
             }
             Err(Error::Cri(e)) => outage.failed("failed to resolve pids over CRI", e),
             _ => outage.recovered("CRI responds again"),
