@@ -1,8 +1,10 @@
-//! What the agent costs with 200 pods on its node: resident memory, and what it does while nothing happens.
+//! What the agent costs with 200 pods on its node: resident memory, and what it does while nothing
+//! happens.
 //!
 //!     cargo bench --bench agent
 //!
-//! The pods are objects of a real API server; their containers are bare namespaces in cgroups named as a runtime names them.
+//! The pods are objects of a real API server; their containers are bare namespaces in cgroups named
+//! as a runtime names them.
 #![allow(
     clippy::unwrap_used,
     clippy::wildcard_imports,
@@ -36,7 +38,8 @@ struct Cgroup(PathBuf);
 impl Cgroup {
     fn with(name: &str, pid: i32) -> Cgroup {
         let v2 = PathBuf::from("/sys/fs/cgroup/cgroup.controllers").exists();
-        let dir = PathBuf::from(if v2 { "/sys/fs/cgroup" } else { "/sys/fs/cgroup/pids" }).join(name);
+        let dir =
+            PathBuf::from(if v2 { "/sys/fs/cgroup" } else { "/sys/fs/cgroup/pids" }).join(name);
         fs::create_dir(&dir).unwrap();
         fs::write(dir.join("cgroup.procs"), pid.to_string()).unwrap();
         Cgroup(dir)
@@ -57,7 +60,8 @@ impl Drop for Cgroup {
 fn main() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let (cluster, lxcfs) = (cluster::Cluster::start(), harness::Lxcfs::start());
-    let ids: Vec<String> = (0..PODS).map(|n| format!("{:x}{n:060x}", std::process::id() & 0xfff | 0x1000)).collect();
+    let ids: Vec<String> =
+        (0..PODS).map(|n| format!("{:x}{n:060x}", std::process::id() & 0xfff | 0x1000)).collect();
     // Namespaces end before their cgroups are removed.
     let mut cgroups = Vec::new();
     let containers: Vec<harness::Bare> = (0..PODS).map(|_| harness::Bare::start()).collect();
@@ -82,11 +86,16 @@ fn main() {
     let dir = tempfile::tempdir().unwrap();
     let kubeconfig = cluster.kubeconfig("agent");
     let args = ["--node-name", "n1", "--lxcfs-path", lxcfs.path(), "--pid-from", "proc"];
-    let agent =
-        harness::agent(dir.path(), &args, &[("KUBECONFIG", kubeconfig.to_str().unwrap()), ("RUST_LOG", "info")]);
+    let agent = harness::agent(
+        dir.path(),
+        &args,
+        &[("KUBECONFIG", kubeconfig.to_str().unwrap()), ("RUST_LOG", "info")],
+    );
     let begun = std::time::Instant::now();
     for container in &containers {
-        harness::eventually_true("the view is there", || harness::views(&container.mountinfo()).len() >= 9);
+        harness::eventually_true("the view is there", || {
+            harness::views(&container.mountinfo()).len() >= 9
+        });
     }
     println!("{PODS} pods have their view {:.1?} after the agent's start", begun.elapsed());
     // Events are still being sent.
@@ -99,7 +108,11 @@ fn main() {
         kib(agent.pid(), "VmRSS") / 1024.0,
         kib(agent.pid(), "VmHWM") / 1024.0
     );
-    println!("in {IDLE:?} with nothing to do: {} ms of CPU, {} times woken", after.0 - before.0, after.1 - before.1);
+    println!(
+        "in {IDLE:?} with nothing to do: {} ms of CPU, {} times woken",
+        after.0 - before.0,
+        after.1 - before.1
+    );
     drop(agent);
     drop(containers);
 }
@@ -108,7 +121,12 @@ fn main() {
 fn usage(pid: i32) -> (u64, u64) {
     let process = procfs::process::Process::new(pid).unwrap();
     let stat = process.stat().unwrap();
-    let woken = process.tasks().unwrap().flatten().filter_map(|t| t.status().ok()?.voluntary_ctxt_switches).sum();
+    let woken = process
+        .tasks()
+        .unwrap()
+        .flatten()
+        .filter_map(|t| t.status().ok()?.voluntary_ctxt_switches)
+        .sum();
     ((stat.utime + stat.stime) * 1000 / procfs::ticks_per_second(), woken)
 }
 

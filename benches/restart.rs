@@ -1,5 +1,6 @@
-//! What readers in 200 containers see when lxcfs is killed, ended in order, and replaced: 180 bare namespaces and 20 containers of
-//! a real containerd, pods of a real API server, an agent and a supervised lxcfs; and 50 readers of an lxcfs that hangs.
+//! What readers in 200 containers see when lxcfs is killed, ended in order, and replaced: 180 bare
+//! namespaces and 20 containers of a real containerd, pods of a real API server, an agent and a
+//! supervised lxcfs; and 50 readers of an lxcfs that hangs.
 //!
 //!     cargo bench --bench restart
 #![allow(
@@ -50,8 +51,10 @@ struct Setup {
 fn setup(bare: usize, real: usize, lxcfs: &[&str]) -> Setup {
     let (lxcfs, pods) = (Supervised::start(lxcfs), cluster::Pods::start());
     let bare: Vec<Reader> = (0..bare).map(|_| Reader::start(PAUSE)).collect();
-    let mut containers: Vec<Container> =
-        bare.iter().map(|r| Container { pid: r.pid(), id: r.id.clone(), out: r.out().to_owned() }).collect();
+    let mut containers: Vec<Container> = bare
+        .iter()
+        .map(|r| Container { pid: r.pid(), id: r.id.clone(), out: r.out().to_owned() })
+        .collect();
     let runtime = (real > 0).then(Containerd::start);
     if let Some(runtime) = &runtime {
         for n in 0..real {
@@ -60,25 +63,47 @@ fn setup(bare: usize, real: usize, lxcfs: &[&str]) -> Setup {
         }
     }
     for (n, container) in containers.iter().enumerate() {
-        pods.run(&format!("pod-{n}"), &container.id, serde_json::json!({"kube-lxcfs.io/inject": "true"}));
+        pods.run(
+            &format!("pod-{n}"),
+            &container.id,
+            serde_json::json!({"kube-lxcfs.io/inject": "true"}),
+        );
     }
     let dir = tempfile::tempdir().unwrap();
     let args = ["--node-name", "n1", "--lxcfs-path", lxcfs.path(), "--pid-from", "proc"];
-    let agent = agent(dir.path(), &args, &[("KUBECONFIG", pods.kubeconfig().to_str().unwrap()), ("RUST_LOG", "info")]);
-    let setup = Setup { lxcfs, containers, _agent: agent, _pods: pods, _bare: bare, _real: runtime, _dir: dir };
+    let agent = agent(
+        dir.path(),
+        &args,
+        &[("KUBECONFIG", pods.kubeconfig().to_str().unwrap()), ("RUST_LOG", "info")],
+    );
+    let setup = Setup {
+        lxcfs,
+        containers,
+        _agent: agent,
+        _pods: pods,
+        _bare: bare,
+        _real: runtime,
+        _dir: dir,
+    };
     setup.all_current(None);
     setup
 }
 
 impl Setup {
-    /// Waits until every container has a whole view of another lxcfs than `before`; returns the time it took.
+    /// Waits until every container has a whole view of another lxcfs than `before`; returns the
+    /// time it took.
     fn all_current(&self, before: Option<&str>) -> Duration {
         let begun = Instant::now();
         for container in &self.containers {
             eventually("the view is current", || {
                 let table = mountinfo(container.pid);
-                let stale = before.is_some_and(|dev| table.contains(&format!(" {dev} /proc/meminfo ")));
-                if views(&table).len() >= 9 && !stale { Ok(()) } else { Err(format!("{:?}", views(&table))) }
+                let stale =
+                    before.is_some_and(|dev| table.contains(&format!(" {dev} /proc/meminfo ")));
+                if views(&table).len() >= 9 && !stale {
+                    Ok(())
+                } else {
+                    Err(format!("{:?}", views(&table)))
+                }
             });
         }
         begun.elapsed()
@@ -99,7 +124,8 @@ impl Setup {
 
     /// Readers read from before `what` until after, and tell.
     fn during(&mut self, name: &str, readers: usize, what: impl FnOnce(&mut Setup) -> u128) {
-        let outs: Vec<PathBuf> = self.containers.iter().rev().take(readers).map(|c| c.out.clone()).collect();
+        let outs: Vec<PathBuf> =
+            self.containers.iter().rev().take(readers).map(|c| c.out.clone()).collect();
         // All at once: one after the other they would be busy long before.
         std::thread::scope(|s| outs.iter().for_each(|out| drop(s.spawn(|| go(out)))));
         std::thread::sleep(Duration::from_millis(500));
@@ -110,7 +136,11 @@ impl Setup {
             stopping.into_iter().map(|stopped| stopped.join().unwrap()).reduce(Seen::and).unwrap()
         });
         let after = |ns: u128| {
-            if ns == 0 { "never".to_owned() } else { format!("{} ms after", ns.saturating_sub(at) / 1_000_000) }
+            if ns == 0 {
+                "never".to_owned()
+            } else {
+                format!("{} ms after", ns.saturating_sub(at) / 1_000_000)
+            }
         };
         println!(
             "{name}: {} containers read {} own values, {} host values (the last {}), {} errors (the last {})",
@@ -131,7 +161,11 @@ fn now() -> u128 {
 fn main() {
     let begun = Instant::now();
     let mut setup = setup(BARE, REAL, &["--watchdog", "2s"]);
-    println!("{} containers have their view after {:.1?} of preparations", setup.containers.len(), begun.elapsed());
+    println!(
+        "{} containers have their view after {:.1?} of preparations",
+        setup.containers.len(),
+        begun.elapsed()
+    );
 
     setup.during("kill -9", usize::MAX, |setup| {
         let old = setup.lxcfs.lxcfs();
@@ -152,7 +186,10 @@ fn main() {
         setup.lxcfs.supervisor.terminate();
         setup.lxcfs.again();
         setup.all_current(None);
-        println!("SIGTERM and restart: all views are current after {} ms", (now() - at) / 1_000_000);
+        println!(
+            "SIGTERM and restart: all views are current after {} ms",
+            (now() - at) / 1_000_000
+        );
         at
     });
     let before = setup.dev();
@@ -174,7 +211,9 @@ fn main() {
         println!("hung: all views are current after {} ms", (now() - at) / 1_000_000);
         at
     });
-    for line in setup.lxcfs.supervisor.log().lines().filter(|l| l.contains("killed") || l.contains("swept")) {
+    for line in
+        setup.lxcfs.supervisor.log().lines().filter(|l| l.contains("killed") || l.contains("swept"))
+    {
         println!("{line}");
     }
 }

@@ -1,5 +1,6 @@
-//! What a container's first instruction sees, and what its start costs more: pods in a row with containerd 1.7 and 2 over NRI, the
-//! same without kube-lxcfs, in turns in the same run; and how soon the view comes without NRI.
+//! What a container's first instruction sees, and what its start costs more: pods in a row with
+//! containerd 1.7 and 2 over NRI, the same without kube-lxcfs, in turns in the same run; and how
+//! soon the view comes without NRI.
 //!
 //!     cargo bench --bench start            500 pods each
 //!     cargo bench --bench start -- 50      fewer
@@ -17,19 +18,23 @@ use std::{
 
 use harness::*;
 
-const FIRST: &str = "head -1 /proc/meminfo; cut -d' ' -f1 /proc/uptime; cat /sys/devices/system/cpu/online";
+const FIRST: &str =
+    "head -1 /proc/meminfo; cut -d' ' -f1 /proc/uptime; cat /sys/devices/system/cpu/online";
 /// So many in a row before the agent goes or comes.
 const TURN: usize = 25;
 
 fn own(told: &str) -> bool {
     let own_memory = told.starts_with(&format!("MemTotal:{:>15} kB\n", MEMORY_MIB << 10));
-    own_memory && told.ends_with("\n0\n") && told.lines().nth(1).is_some_and(|s| s.parse::<f64>().unwrap() < 60.0)
+    own_memory
+        && told.ends_with("\n0\n")
+        && told.lines().nth(1).is_some_and(|s| s.parse::<f64>().unwrap() < 60.0)
 }
 
 fn agent_of(dir: &Path, containerd: &Containerd, lxcfs: &Lxcfs, nri: bool) -> Running {
     let (cri, socket) = (containerd.endpoint(), containerd.nri_socket());
     let mode = if nri { "required" } else { "off" };
-    let args = ["--pods-from", "cri", "--cri-endpoint", &cri, "--nri", mode, "--nri-socket", &socket];
+    let args =
+        ["--pods-from", "cri", "--cri-endpoint", &cri, "--nri", mode, "--nri-socket", &socket];
     let agent = agent(dir, &[&args[..], &["--lxcfs-path", lxcfs.path()]].concat(), &[]);
     if nri {
         eventually_true("NRI has the plugin", || agent.log().contains("first instruction"));
@@ -42,9 +47,12 @@ fn agent_of(dir: &Path, containerd: &Containerd, lxcfs: &Lxcfs, nri: bool) -> Ru
 /// Runs one pod and removes it: the time of its container's start, and what that read first.
 fn pod(containerd: &Containerd, n: usize) -> (Duration, String) {
     let annotations = &[("kube-lxcfs.io/inject", "true")];
-    let mut pod = containerd.run(&PodSpec { name: &format!("pod-{n}"), annotations, containers: &[] });
+    let mut pod =
+        containerd.run(&PodSpec { name: &format!("pod-{n}"), annotations, containers: &[] });
     let (took, out) = containerd.start_script(&mut pod, "app", FIRST);
-    let told = eventually("the container has read", || fs::read_to_string(&out).map_err(|e| e.to_string()));
+    let told = eventually("the container has read", || {
+        fs::read_to_string(&out).map_err(|e| e.to_string())
+    });
     containerd.remove(&pod);
     (took, told)
 }
@@ -55,7 +63,8 @@ fn percentile(all: &mut [Duration], percent: usize) -> Duration {
 }
 
 fn with_nri(name: &str, release: Release, pods: usize) {
-    let (lxcfs, containerd, dir) = (Lxcfs::start(), Containerd::of(release, true), tempfile::tempdir().unwrap());
+    let (lxcfs, containerd, dir) =
+        (Lxcfs::start(), Containerd::of(release, true), tempfile::tempdir().unwrap());
     let (mut with, mut without, mut right) = (Vec::new(), Vec::new(), 0);
     for turn in 0..pods.div_ceil(TURN) {
         let count = TURN.min(pods - turn * TURN);
@@ -88,7 +97,11 @@ fn with_events(pods: usize) {
     let mut all = Vec::new();
     for n in 0..pods {
         let annotations = &[("kube-lxcfs.io/inject", "true")];
-        let pod = containerd.run(&PodSpec { name: &format!("pod-{n}"), annotations, containers: &["app"] });
+        let pod = containerd.run(&PodSpec {
+            name: &format!("pod-{n}"),
+            annotations,
+            containers: &["app"],
+        });
         let begun = Instant::now();
         let pid = containerd.pid(&pod.containers["app"]);
         while views(&mountinfo(pid)).len() < 9 {

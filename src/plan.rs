@@ -1,100 +1,96 @@
-//! Wished + there + the lxcfs that serves → steps. A pure function, the same for a start-up, a retry, a remount and an
-//! annotation change; it makes no calls and reads no clock.
+//! The plan: desired view, observed mounts and the serving lxcfs in, steps out. A pure function: it
+//! makes no calls and reads no clock. A start of the agent, a retry, a remount pass and an
+//! annotation change all use it.
 
 use std::{collections::BTreeMap, fmt};
 
-use crate::view::{Base, FileSet, ViewFile};
+use crate::{
+    model::{
+        status::Operation,
+        view::{BaseFs, FileSet, ViewFile},
+    },
+    sys::mountinfo::{Dev, MountId},
+};
 
-/// The device number of a mount's file system (`st_dev`), the identity of one lxcfs: after a restart it is another.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Dev {
-    pub major: u32,
-    pub minor: u32,
-}
-
-impl fmt::Display for Dev {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.major, self.minor)
-    }
-}
-
-/// What a container shall have.
+/// The view that a container is to have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Wish {
-    /// Leave it as it is: what the pod says was not understood.
-    Keep,
+pub enum DesiredView {
+    /// Leave the container as it is: its pod's annotations are invalid.
+    Unmanaged,
     /// No view.
-    Nothing,
+    Absent,
     /// These files, as far as lxcfs serves them; [`FileSet::ALL`] means all that it serves.
-    Files(FileSet),
-    /// What it has, made current, and these files too.
-    Add(FileSet),
+    Exactly(FileSet),
+    /// The files that it has, made current, and these files too.
+    AtLeast(FileSet),
 }
 
-impl Wish {
-    /// What it has, made current.
-    pub const REFRESH: Wish = Wish::Add(FileSet::NONE);
+impl DesiredView {
+    /// The files that it has, made current.
+    pub const REMOUNT_ONLY: DesiredView = DesiredView::AtLeast(FileSet::NONE);
 }
 
-/// The lxcfs that serves now, as far as the plan needs it.
+/// The lxcfs that serves now: its device and its view files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Serving {
+pub struct ServingLxcfs {
     pub dev: Dev,
     pub files: FileSet,
 }
 
-/// What one mount on a view file's path is.
+/// The kind of a mount on a view file's path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// A view file that kube-lxcfs put there.
-    View(Dev),
+pub enum LayerKind {
+    /// A view file that kube-lxcfs mounted.
+    Managed(Dev),
     /// An lxcfs file that came with the pod, for example from an admission webhook's volume.
-    Foreign(Dev),
+    PodProvided(Dev),
     /// Anything else.
-    Other,
+    Unrelated,
 }
 
 /// One mount on a view file's path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layer {
-    /// Mount id (`/proc/PID/mountinfo`, field 1).
-    pub id: u64,
-    pub kind: Kind,
+    pub id: MountId,
+    pub kind: LayerKind,
 }
 
-/// Why no view file can be put below `/proc` or `/sys` of a container.
+/// Why no view file can be mounted below `/proc` or `/sys` of a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Unusable {
-    /// Nothing is mounted there.
+pub enum UnusableBase {
+    /// Nothing is mounted at its path.
     Missing,
-    /// Something that is not procfs (sysfs) is mounted there.
+    /// Another file system than procfs (sysfs) is mounted at its path.
     Fstype(String),
-    /// A mount made there would propagate into the host's mount namespace.
+    /// A mount below it would propagate into the host's mount namespace.
     SharedWithHost,
 }
 
-impl fmt::Display for Unusable {
+impl fmt::Display for UnusableBase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Unusable::Missing => f.write_str("is not mounted in the container"),
-            Unusable::Fstype(found) => write!(f, "is a {found} in the container"),
-            Unusable::SharedWithHost => f.write_str("shares its mounts with the host's mount namespace"),
+            UnusableBase::Missing => f.write_str("is not mounted in the container"),
+            UnusableBase::Fstype(found) => write!(f, "is a {found} in the container"),
+            UnusableBase::SharedWithHost => {
+                f.write_str("shares its mounts with the host's mount namespace")
+            }
         }
     }
 }
 
-/// What is there: the reachable mounts on the view files' paths, bottom first, and what stands in the way.
+/// The mounts of a container that matter: those on the view files' paths that can be reached,
+/// bottom first, and the bases that cannot hold a view file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct There {
+pub struct ObservedMounts {
     pub layers: BTreeMap<ViewFile, Vec<Layer>>,
-    pub unusable: BTreeMap<Base, Unusable>,
+    pub unusable: BTreeMap<BaseFs, UnusableBase>,
 }
 
-impl There {
-    /// The files whose topmost mount is a view file of ours, and the lxcfs that each comes from.
+impl ObservedMounts {
+    /// The files whose topmost mount is managed, and the lxcfs that each comes from.
     pub fn views(&self) -> impl Iterator<Item = (ViewFile, Dev)> {
         self.layers.iter().filter_map(|(file, layers)| match layers.last()?.kind {
-            Kind::View(dev) => Some((*file, dev)),
+            LayerKind::Managed(dev) => Some((*file, dev)),
             _ => None,
         })
     }
@@ -103,135 +99,177 @@ impl There {
 /// One change of one container's mount table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Mount the serving lxcfs's file on the container's own.
+    /// Mount the serving lxcfs's file on the container's file.
     Inject(ViewFile),
-    /// Mount the serving lxcfs's file beneath this mount, then detach this one.
-    Swap(ViewFile, u64),
-    /// Detach this mount, a view file.
-    Remove(ViewFile, u64),
-    /// As [`Step::Swap`], for an lxcfs file that came with the pod; what takes its place counts as such still.
-    Adopt(ViewFile, u64),
+    /// Mount the serving lxcfs's file beneath this managed mount, then detach this mount.
+    Remount { file: ViewFile, mount: MountId },
+    /// Detach this managed mount.
+    Remove { file: ViewFile, mount: MountId },
+    /// As [`Step::Remount`], for a pod-provided mount; the new mount counts as pod-provided too.
+    Adopt { file: ViewFile, mount: MountId },
 }
 
 impl Step {
     pub fn file(self) -> ViewFile {
         match self {
-            Step::Inject(file) | Step::Swap(file, _) | Step::Remove(file, _) | Step::Adopt(file, _) => file,
+            Step::Inject(file)
+            | Step::Remount { file, .. }
+            | Step::Remove { file, .. }
+            | Step::Adopt { file, .. } => file,
+        }
+    }
+
+    /// The operation that the step belongs to, in the words of metrics, Events and the command
+    /// line.
+    pub fn operation(self) -> Operation {
+        match self {
+            Step::Inject(_) => Operation::Inject,
+            Step::Remove { .. } => Operation::Remove,
+            Step::Remount { .. } | Step::Adopt { .. } => Operation::Remount,
         }
     }
 }
 
-/// Why a wished file is not put in; reported, and no failure.
+/// Why a desired file is skipped. It is reported and is not a failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum LeftOut {
+pub enum SkipReason {
     /// The serving lxcfs has no such file.
     NotServed,
     /// The container's `/proc` or `/sys` has no such file.
     NotInContainer,
-    /// Another mount, none of ours, is on the path.
-    Occupied,
-    /// An lxcfs file that came with the pod is on the path.
-    CameWithThePod,
-    /// The file system it would be mounted over is not as it must be.
-    Base(Base, Unusable),
+    /// An unrelated mount is on the path.
+    PathOccupied,
+    /// A pod-provided lxcfs file is on the path.
+    PodProvided,
+    /// The file system that it would be mounted on is unusable.
+    Base(BaseFs, UnusableBase),
 }
 
-impl fmt::Display for LeftOut {
+impl fmt::Display for SkipReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            LeftOut::NotServed => f.write_str("not served by this lxcfs"),
-            LeftOut::NotInContainer => f.write_str("the container has no such file"),
-            LeftOut::Occupied => f.write_str("another mount is on its path"),
-            LeftOut::CameWithThePod => f.write_str("an lxcfs file that came with the pod is on its path"),
-            LeftOut::Base(base, why) => write!(f, "/{} {why}", base.path()),
+            SkipReason::NotServed => f.write_str("not served by this lxcfs"),
+            SkipReason::NotInContainer => f.write_str("the container has no such file"),
+            SkipReason::PathOccupied => f.write_str("another mount is on its path"),
+            SkipReason::PodProvided => f.write_str("a pod-provided lxcfs file is on its path"),
+            SkipReason::Base(base, why) => write!(f, "/{} {why}", base.path()),
         }
     }
 }
 
-/// The steps that lead from what is there to what is wished, and what is wished in vain.
+/// The steps from the observed mounts to the desired view, and the desired files that are skipped.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
     pub steps: Vec<Step>,
-    pub left_out: Vec<(ViewFile, LeftOut)>,
+    pub skipped: Vec<(ViewFile, SkipReason)>,
 }
 
-/// Plans. Without a serving lxcfs nothing is put in and wished views stay as they are; what is not wished goes all the same.
-/// With `adopt`, lxcfs files that came with the pod are made current too, whatever is wished.
-pub fn plan(wish: Wish, there: &There, serving: Option<Serving>, adopt: bool) -> Plan {
-    let mut plan = of_views(wish, there, serving);
+/// Plans. Without a serving lxcfs nothing is injected and desired views stay as they are; undesired
+/// ones are removed. With `adopt`, pod-provided lxcfs files are made current too, for any desired
+/// view.
+pub fn plan(
+    desired: DesiredView,
+    observed: &ObservedMounts,
+    serving: Option<ServingLxcfs>,
+    adopt: bool,
+) -> Plan {
+    let mut plan = plan_managed(desired, observed, serving);
     if let (true, Some(serving)) = (adopt, serving) {
-        for (file, layers) in &there.layers {
-            let usable = !there.unusable.contains_key(&file.base()) && serving.files.contains(*file);
-            // View files of ours that lie on it by mistake were planned away above.
-            let ours =
-                layers.iter().rev().take_while(|l| wish != Wish::Keep && matches!(l.kind, Kind::View(_))).count();
-            if let Some(Layer { id, kind: Kind::Foreign(dev) }) = layers[..layers.len() - ours].last()
+        for (file, layers) in &observed.layers {
+            let usable =
+                !observed.unusable.contains_key(&file.base()) && serving.files.contains(*file);
+            // Managed mounts that lie on it by mistake are removed by the steps above.
+            let is_removed = |l: &&Layer| {
+                desired != DesiredView::Unmanaged && matches!(l.kind, LayerKind::Managed(_))
+            };
+            let removed = layers.iter().rev().take_while(is_removed).count();
+            if let Some(Layer { id, kind: LayerKind::PodProvided(dev) }) =
+                layers[..layers.len() - removed].last()
                 && usable
                 && *dev != serving.dev
             {
-                plan.steps.push(Step::Adopt(*file, *id));
+                plan.steps.push(Step::Adopt { file: *file, mount: *id });
             }
         }
     }
     plan
 }
 
-/// Plans to take out the view files of an lxcfs that is gone, whatever is wished: the container's own files show again.
-pub fn sweep(there: &There, gone: impl Fn(Dev) -> bool) -> Plan {
+/// Plans to remove the managed mounts of an lxcfs that exited, for any desired view: the
+/// container's own files show again.
+pub fn plan_sweep(observed: &ObservedMounts, exited: impl Fn(Dev) -> bool) -> Plan {
     let mut plan = Plan::default();
-    for (file, layers) in &there.layers {
-        let dead = layers.iter().rev().take_while(|l| matches!(l.kind, Kind::View(dev) if gone(dev)));
-        plan.steps.extend(dead.map(|l| Step::Remove(*file, l.id)));
+    for (file, layers) in &observed.layers {
+        let dead = layers
+            .iter()
+            .rev()
+            .take_while(|l| matches!(l.kind, LayerKind::Managed(dev) if exited(dev)));
+        plan.steps.extend(dead.map(|l| Step::Remove { file: *file, mount: l.id }));
     }
     plan
 }
 
-fn of_views(wish: Wish, there: &There, serving: Option<Serving>) -> Plan {
-    let wished = match wish {
-        Wish::Keep => return Plan::default(),
-        Wish::Nothing => FileSet::NONE,
-        Wish::Files(files) => files,
-        Wish::Add(files) => there.views().map(|(file, _)| file).chain(files.iter()).collect(),
+fn plan_managed(
+    desired: DesiredView,
+    observed: &ObservedMounts,
+    serving: Option<ServingLxcfs>,
+) -> Plan {
+    let desired = match desired {
+        DesiredView::Unmanaged => return Plan::default(),
+        DesiredView::Absent => FileSet::NONE,
+        DesiredView::Exactly(files) => files,
+        DesiredView::AtLeast(files) => {
+            observed.views().map(|(file, _)| file).chain(files.iter()).collect()
+        }
     };
     let mut plan = Plan::default();
     for file in ViewFile::ALL {
-        let layers = there.layers.get(&file).map_or(&[][..], Vec::as_slice);
-        // Only what is on top can be reached: mounts of ours that something else lies on wait until that is gone.
-        let ours = layers.iter().rev().take_while(|l| matches!(l.kind, Kind::View(_))).count();
-        let (below, ours) = layers.split_at(layers.len() - ours);
-        let remove = |layers: &[Layer]| layers.iter().rev().map(|l| Step::Remove(file, l.id)).collect::<Vec<_>>();
-        if !wished.contains(file) {
-            plan.steps.extend(remove(ours));
+        let layers = observed.layers.get(&file).map_or(&[][..], Vec::as_slice);
+        // Only the top can be reached: managed mounts below an unrelated one wait until that is
+        // unmounted.
+        let managed =
+            layers.iter().rev().take_while(|l| matches!(l.kind, LayerKind::Managed(_))).count();
+        let (below, managed) = layers.split_at(layers.len() - managed);
+        let remove = |layers: &[Layer]| {
+            layers.iter().rev().map(|l| Step::Remove { file, mount: l.id }).collect::<Vec<_>>()
+        };
+        if !desired.contains(file) {
+            plan.steps.extend(remove(managed));
             continue;
         }
         let Some(serving) = serving else {
             continue;
         };
         if !serving.files.contains(file) {
-            plan.steps.extend(remove(ours));
-            // «All» means all that lxcfs serves: what it does not is not missed.
-            if wished != FileSet::ALL {
-                plan.left_out.push((file, LeftOut::NotServed));
+            plan.steps.extend(remove(managed));
+            // `ALL` means all that lxcfs serves: another file is not reported as skipped.
+            if desired != FileSet::ALL {
+                plan.skipped.push((file, SkipReason::NotServed));
             }
             continue;
         }
-        if let Some(why) = there.unusable.get(&file.base()) {
-            plan.left_out.push((file, LeftOut::Base(file.base(), why.clone())));
+        if let Some(why) = observed.unusable.get(&file.base()) {
+            plan.skipped.push((file, SkipReason::Base(file.base(), why.clone())));
             continue;
         }
-        match (below.last().map(|l| l.kind), ours) {
-            // A view file stacked on a mount that is not ours was put there by mistake: we never mount on one.
-            (Some(kind), ours) => {
-                plan.steps.extend(remove(ours));
-                let why = if matches!(kind, Kind::Foreign(_)) { LeftOut::CameWithThePod } else { LeftOut::Occupied };
-                plan.left_out.push((file, why));
+        match (below.last().map(|l| l.kind), managed) {
+            // A managed mount that is stacked on another kind is a mistake: kube-lxcfs never mounts
+            // on one.
+            (Some(kind), managed) => {
+                plan.steps.extend(remove(managed));
+                let why = match kind {
+                    LayerKind::PodProvided(_) => SkipReason::PodProvided,
+                    LayerKind::Managed(_) | LayerKind::Unrelated => SkipReason::PathOccupied,
+                };
+                plan.skipped.push((file, why));
             }
             (None, []) => plan.steps.push(Step::Inject(file)),
-            // One stays: a current one if it is the lowest, else the lowest is swapped when the others are gone.
+            // One stays: the lowest. The others are removed first, and the lowest is remounted
+            // unless it is current.
             (None, [lowest, above @ ..]) => {
                 plan.steps.extend(remove(above));
-                if lowest.kind != Kind::View(serving.dev) {
-                    plan.steps.push(Step::Swap(file, lowest.id));
+                if lowest.kind != LayerKind::Managed(serving.dev) {
+                    plan.steps.push(Step::Remount { file, mount: lowest.id });
                 }
             }
         }
@@ -247,166 +285,219 @@ mod tests {
 
     const NEW: Dev = Dev { major: 0, minor: 2 };
     const OLD: Dev = Dev { major: 0, minor: 1 };
-    const SERVING: Option<Serving> = Some(Serving { dev: NEW, files: FileSet::ALL });
+    const SERVING: Option<ServingLxcfs> = Some(ServingLxcfs { dev: NEW, files: FileSet::ALL });
 
-    fn there(layers: &[Kind]) -> There {
-        let layers = layers.iter().zip(1..).map(|(kind, id)| Layer { id, kind: *kind }).collect();
-        There { layers: BTreeMap::from([(ViewFile::Meminfo, layers)]), ..There::default() }
+    fn observed(layers: &[LayerKind]) -> ObservedMounts {
+        let layers = layers
+            .iter()
+            .zip(1..)
+            .map(|(kind, id)| Layer { id: MountId(id), kind: *kind })
+            .collect();
+        ObservedMounts {
+            layers: BTreeMap::from([(ViewFile::Meminfo, layers)]),
+            ..ObservedMounts::default()
+        }
     }
 
-    fn meminfo() -> Wish {
-        Wish::Files(FileSet::from_iter([ViewFile::Meminfo]))
+    fn meminfo() -> DesiredView {
+        DesiredView::Exactly(FileSet::from_iter([ViewFile::Meminfo]))
+    }
+
+    const FILE: ViewFile = ViewFile::Meminfo;
+
+    fn remount(mount: u64) -> Step {
+        Step::Remount { file: FILE, mount: MountId(mount) }
+    }
+
+    fn remove(mount: u64) -> Step {
+        Step::Remove { file: FILE, mount: MountId(mount) }
+    }
+
+    fn adopt(mount: u64) -> Step {
+        Step::Adopt { file: FILE, mount: MountId(mount) }
     }
 
     #[test]
-    fn the_table() {
-        use Kind::{Foreign, Other, View};
-        let f = ViewFile::Meminfo;
-        let table: [(Wish, &[Kind], &[Step]); 17] = [
-            (meminfo(), &[], &[Step::Inject(f)]),
-            (meminfo(), &[View(NEW)], &[]),
-            (meminfo(), &[View(OLD)], &[Step::Swap(f, 1)]),
-            (meminfo(), &[View(OLD), View(NEW)], &[Step::Remove(f, 2), Step::Swap(f, 1)]),
-            (meminfo(), &[View(NEW), View(NEW)], &[Step::Remove(f, 2)]),
-            (meminfo(), &[Other], &[]),
-            (meminfo(), &[Foreign(OLD)], &[]),
-            (meminfo(), &[Other, View(NEW)], &[Step::Remove(f, 2)]),
-            (meminfo(), &[View(OLD), Other], &[]),
-            (Wish::Nothing, &[View(NEW)], &[Step::Remove(f, 1)]),
-            (Wish::Nothing, &[View(OLD), View(NEW)], &[Step::Remove(f, 2), Step::Remove(f, 1)]),
-            (Wish::Nothing, &[Foreign(NEW)], &[]),
-            (Wish::Nothing, &[Other, View(OLD), Other], &[]),
-            (Wish::Keep, &[View(OLD), View(OLD)], &[]),
-            (Wish::REFRESH, &[View(OLD)], &[Step::Swap(f, 1)]),
-            (Wish::REFRESH, &[], &[]),
-            (Wish::REFRESH, &[Foreign(OLD)], &[]),
+    fn plan_table() {
+        use LayerKind::{Managed, PodProvided, Unrelated};
+        let table: [(DesiredView, &[LayerKind], &[Step]); 17] = [
+            (meminfo(), &[], &[Step::Inject(FILE)]),
+            (meminfo(), &[Managed(NEW)], &[]),
+            (meminfo(), &[Managed(OLD)], &[remount(1)]),
+            (meminfo(), &[Managed(OLD), Managed(NEW)], &[remove(2), remount(1)]),
+            (meminfo(), &[Managed(NEW), Managed(NEW)], &[remove(2)]),
+            (meminfo(), &[Unrelated], &[]),
+            (meminfo(), &[PodProvided(OLD)], &[]),
+            (meminfo(), &[Unrelated, Managed(NEW)], &[remove(2)]),
+            (meminfo(), &[Managed(OLD), Unrelated], &[]),
+            (DesiredView::Absent, &[Managed(NEW)], &[remove(1)]),
+            (DesiredView::Absent, &[Managed(OLD), Managed(NEW)], &[remove(2), remove(1)]),
+            (DesiredView::Absent, &[PodProvided(NEW)], &[]),
+            (DesiredView::Absent, &[Unrelated, Managed(OLD), Unrelated], &[]),
+            (DesiredView::Unmanaged, &[Managed(OLD), Managed(OLD)], &[]),
+            (DesiredView::REMOUNT_ONLY, &[Managed(OLD)], &[remount(1)]),
+            (DesiredView::REMOUNT_ONLY, &[], &[]),
+            (DesiredView::REMOUNT_ONLY, &[PodProvided(OLD)], &[]),
         ];
-        for (wish, layers, steps) in table {
-            assert_eq!(plan(wish, &there(layers), SERVING, false).steps, steps, "{wish:?} {layers:?}");
+        for (desired, layers, steps) in table {
+            assert_eq!(
+                plan(desired, &observed(layers), SERVING, false).steps,
+                steps,
+                "{desired:?} {layers:?}"
+            );
         }
     }
 
     #[test]
-    fn without_a_serving_lxcfs_wished_views_stay_and_unwished_ones_go() {
-        assert_eq!(plan(meminfo(), &there(&[Kind::View(OLD)]), None, false), Plan::default());
+    fn without_lxcfs_only_undesired_views_are_removed() {
         assert_eq!(
-            plan(Wish::Nothing, &there(&[Kind::View(OLD)]), None, false).steps,
-            [Step::Remove(ViewFile::Meminfo, 1)]
+            plan(meminfo(), &observed(&[LayerKind::Managed(OLD)]), None, false),
+            Plan::default()
+        );
+        assert_eq!(
+            plan(DesiredView::Absent, &observed(&[LayerKind::Managed(OLD)]), None, false).steps,
+            [remove(1)]
         );
     }
 
     #[test]
-    fn what_is_not_served_is_reported_only_when_it_was_named() {
-        let serving = Some(Serving { dev: NEW, files: FileSet::NONE });
+    fn unserved_file_is_reported_only_when_named() {
+        let serving = Some(ServingLxcfs { dev: NEW, files: FileSet::NONE });
         assert_eq!(
-            plan(meminfo(), &There::default(), serving, false).left_out,
-            [(ViewFile::Meminfo, LeftOut::NotServed)]
+            plan(meminfo(), &ObservedMounts::default(), serving, false).skipped,
+            [(ViewFile::Meminfo, SkipReason::NotServed)]
         );
-        assert_eq!(plan(Wish::Files(FileSet::ALL), &There::default(), serving, false), Plan::default());
         assert_eq!(
-            plan(meminfo(), &there(&[Kind::View(OLD)]), serving, false).steps,
-            [Step::Remove(ViewFile::Meminfo, 1)]
+            plan(DesiredView::Exactly(FileSet::ALL), &ObservedMounts::default(), serving, false),
+            Plan::default()
+        );
+        assert_eq!(
+            plan(meminfo(), &observed(&[LayerKind::Managed(OLD)]), serving, false).steps,
+            [remove(1)]
         );
     }
 
     #[test]
-    fn only_with_adopt_what_came_with_the_pod_is_made_current() {
-        use Kind::{Foreign, Other, View};
-        let f = ViewFile::Meminfo;
-        for (wish, layers, steps) in [
-            (Wish::Nothing, &[Foreign(OLD)][..], &[Step::Adopt(f, 1)][..]),
-            (meminfo(), &[Foreign(OLD)], &[Step::Adopt(f, 1)]),
-            (Wish::Keep, &[Foreign(OLD)], &[Step::Adopt(f, 1)]),
-            (meminfo(), &[Foreign(NEW)], &[]),
-            (Wish::Nothing, &[Foreign(OLD), Other], &[]),
-            (Wish::Nothing, &[View(OLD)], &[Step::Remove(f, 1)]),
+    fn pod_provided_is_remounted_only_with_adopt() {
+        use LayerKind::{Managed, PodProvided, Unrelated};
+        for (desired, layers, steps) in [
+            (DesiredView::Absent, &[PodProvided(OLD)][..], &[adopt(1)][..]),
+            (meminfo(), &[PodProvided(OLD)], &[adopt(1)]),
+            (DesiredView::Unmanaged, &[PodProvided(OLD)], &[adopt(1)]),
+            (meminfo(), &[PodProvided(NEW)], &[]),
+            (DesiredView::Absent, &[PodProvided(OLD), Unrelated], &[]),
+            (DesiredView::Absent, &[Managed(OLD)], &[remove(1)]),
         ] {
-            assert_eq!(plan(wish, &there(layers), SERVING, true).steps, steps, "{wish:?} {layers:?}");
-            let left_alone = plan(wish, &there(layers), SERVING, false).steps;
-            assert!(!left_alone.iter().any(|s| matches!(s, Step::Adopt(..))));
+            assert_eq!(
+                plan(desired, &observed(layers), SERVING, true).steps,
+                steps,
+                "{desired:?} {layers:?}"
+            );
+            let without_adopt = plan(desired, &observed(layers), SERVING, false).steps;
+            assert!(!without_adopt.iter().any(|s| matches!(s, Step::Adopt { .. })));
         }
     }
 
     #[test]
-    fn a_sweep_takes_out_what_is_gone_and_nothing_else() {
-        use Kind::{Foreign, Other, View};
-        let f = ViewFile::Meminfo;
+    fn sweep_removes_only_views_of_exited_lxcfs() {
+        use LayerKind::{Managed, PodProvided, Unrelated};
         for (layers, steps) in [
-            (&[View(OLD)][..], &[Step::Remove(f, 1)][..]),
-            (&[View(OLD), View(OLD)], &[Step::Remove(f, 2), Step::Remove(f, 1)]),
-            (&[View(NEW)], &[]),
-            (&[Foreign(OLD)], &[]),
-            (&[View(OLD), Other], &[]),
-            (&[Other, View(OLD)], &[Step::Remove(f, 2)]),
+            (&[Managed(OLD)][..], &[remove(1)][..]),
+            (&[Managed(OLD), Managed(OLD)], &[remove(2), remove(1)]),
+            (&[Managed(NEW)], &[]),
+            (&[PodProvided(OLD)], &[]),
+            (&[Managed(OLD), Unrelated], &[]),
+            (&[Unrelated, Managed(OLD)], &[remove(2)]),
         ] {
-            assert_eq!(sweep(&there(layers), |dev| dev == OLD).steps, steps, "{layers:?}");
+            assert_eq!(plan_sweep(&observed(layers), |dev| dev == OLD).steps, steps, "{layers:?}");
         }
     }
 
-    fn kinds() -> impl Strategy<Value = Kind> {
+    fn kinds() -> impl Strategy<Value = LayerKind> {
         prop_oneof![
-            3 => Just(Kind::View(NEW)),
-            3 => Just(Kind::View(OLD)),
-            1 => Just(Kind::Foreign(OLD)),
-            1 => Just(Kind::Other),
+            3 => Just(LayerKind::Managed(NEW)),
+            3 => Just(LayerKind::Managed(OLD)),
+            1 => Just(LayerKind::PodProvided(OLD)),
+            1 => Just(LayerKind::Unrelated),
         ]
     }
 
-    fn bases() -> impl Strategy<Value = BTreeMap<Base, Unusable>> {
-        let base = prop_oneof![Just(Base::Proc), Just(Base::Sys)];
+    fn bases() -> impl Strategy<Value = BTreeMap<BaseFs, UnusableBase>> {
+        let base = prop_oneof![Just(BaseFs::Procfs), Just(BaseFs::Sysfs)];
         let why = prop_oneof![
-            Just(Unusable::Missing),
-            Just(Unusable::SharedWithHost),
-            Just(Unusable::Fstype("tmpfs".into()))
+            Just(UnusableBase::Missing),
+            Just(UnusableBase::SharedWithHost),
+            Just(UnusableBase::Fstype("tmpfs".into()))
         ];
         proptest::collection::btree_map(base, why, 0..2)
     }
 
-    fn any_there() -> impl Strategy<Value = There> {
-        let layers = proptest::collection::vec(proptest::collection::vec(kinds(), 0..4), ViewFile::ALL.len());
+    fn any_observed() -> impl Strategy<Value = ObservedMounts> {
+        let layers = proptest::collection::vec(
+            proptest::collection::vec(kinds(), 0..4),
+            ViewFile::ALL.len(),
+        );
         (layers, bases()).prop_map(|(stacks, unusable)| {
             let mut ids = 1..;
-            let stack =
-                |kinds: Vec<Kind>| kinds.into_iter().map(|kind| Layer { id: ids.next().unwrap(), kind }).collect();
-            There { layers: ViewFile::ALL.into_iter().zip(stacks.into_iter().map(stack)).collect(), unusable }
+            let stack = |kinds: Vec<LayerKind>| {
+                kinds
+                    .into_iter()
+                    .map(|kind| Layer { id: MountId(ids.next().unwrap()), kind })
+                    .collect()
+            };
+            ObservedMounts {
+                layers: ViewFile::ALL.into_iter().zip(stacks.into_iter().map(stack)).collect(),
+                unusable,
+            }
         })
     }
 
     fn file_sets() -> impl Strategy<Value = FileSet> {
-        proptest::collection::vec(any::<bool>(), ViewFile::ALL.len())
-            .prop_map(|bits| ViewFile::ALL.into_iter().zip(bits).filter(|(_, b)| *b).map(|(f, _)| f).collect())
+        proptest::collection::vec(any::<bool>(), ViewFile::ALL.len()).prop_map(|bits| {
+            ViewFile::ALL.into_iter().zip(bits).filter(|(_, b)| *b).map(|(f, _)| f).collect()
+        })
     }
 
-    fn any_wish() -> impl Strategy<Value = Wish> {
+    fn any_desired() -> impl Strategy<Value = DesiredView> {
         prop_oneof![
-            Just(Wish::Keep),
-            Just(Wish::Nothing),
-            Just(Wish::REFRESH),
-            Just(Wish::Files(FileSet::ALL)),
-            file_sets().prop_map(Wish::Add),
-            file_sets().prop_map(Wish::Files),
+            Just(DesiredView::Unmanaged),
+            Just(DesiredView::Absent),
+            Just(DesiredView::REMOUNT_ONLY),
+            Just(DesiredView::Exactly(FileSet::ALL)),
+            file_sets().prop_map(DesiredView::AtLeast),
+            file_sets().prop_map(DesiredView::Exactly),
         ]
     }
 
-    /// What the kernel does with a step. Panics when a step names a mount that is not a view file on top of its path.
-    fn apply(there: &mut There, step: Step) {
-        let stack = there.layers.entry(step.file()).or_default();
+    /// Simulates a step. Panics when it names a mount that is not a managed one on top of its path.
+    fn apply(observed: &mut ObservedMounts, step: Step) {
+        let stack = observed.layers.entry(step.file()).or_default();
         match step {
             Step::Inject(_) => {
                 assert!(stack.is_empty(), "mounted on another mount");
-                stack.push(Layer { id: 1000 + step.file() as u64, kind: Kind::View(NEW) });
+                stack.push(Layer {
+                    id: MountId(1000 + step.file() as u64),
+                    kind: LayerKind::Managed(NEW),
+                });
             }
-            Step::Adopt(_, id) => {
+            Step::Adopt { mount, .. } => {
                 let top = stack.last_mut().expect("a mount to adopt");
-                assert_eq!((top.id, top.kind), (id, Kind::Foreign(OLD)), "not what came with the pod");
-                top.kind = Kind::Foreign(NEW);
+                assert_eq!(
+                    (top.id, top.kind),
+                    (mount, LayerKind::PodProvided(OLD)),
+                    "not a pod-provided mount"
+                );
+                top.kind = LayerKind::PodProvided(NEW);
             }
-            Step::Swap(_, id) | Step::Remove(_, id) => {
+            Step::Remount { mount, .. } | Step::Remove { mount, .. } => {
                 let top = stack.pop().expect("a mount to detach");
-                assert_eq!(top.id, id, "not the topmost");
-                assert!(matches!(top.kind, Kind::View(_)), "detached a mount that is not ours");
-                if let Step::Swap(..) = step {
-                    stack.push(Layer { id: 1000 + step.file() as u64, kind: Kind::View(NEW) });
+                assert_eq!(top.id, mount, "not the topmost");
+                assert!(matches!(top.kind, LayerKind::Managed(_)), "detached an unmanaged mount");
+                if let Step::Remount { .. } = step {
+                    stack.push(Layer {
+                        id: MountId(1000 + step.file() as u64),
+                        kind: LayerKind::Managed(NEW),
+                    });
                 }
             }
         }
@@ -414,27 +505,30 @@ mod tests {
 
     proptest! {
         #[test]
-        fn applied_and_observed_again_the_plan_is_empty(
-            wish in any_wish(), before in any_there(), files in file_sets(), up in any::<bool>(), adopt in any::<bool>(),
+        fn applied_plan_leaves_nothing_to_do(
+            desired in any_desired(), before in any_observed(), files in file_sets(), up in any::<bool>(), adopt in any::<bool>(),
         ) {
-            let serving = up.then_some(Serving { dev: NEW, files });
-            let first = plan(wish, &before, serving, adopt);
+            let serving = up.then_some(ServingLxcfs { dev: NEW, files });
+            let first = plan(desired, &before, serving, adopt);
             let mut after = before.clone();
             for step in &first.steps {
                 apply(&mut after, *step);
             }
-            prop_assert_eq!(plan(wish, &after, serving, adopt).steps, vec![]);
-            // Nothing but view files was touched.
-            let others = |t: &There| t.layers.values().flatten().filter(|l| !matches!(l.kind, Kind::View(_))).map(|l| l.id).collect::<Vec<_>>();
-            prop_assert_eq!(others(&before), others(&after));
-            if wish == Wish::Nothing {
+            prop_assert_eq!(plan(desired, &after, serving, adopt).steps, vec![]);
+            // Nothing but managed mounts was touched.
+            let unmanaged = |t: &ObservedMounts| {
+                let layers = t.layers.values().flatten().filter(|l| !matches!(l.kind, LayerKind::Managed(_)));
+                layers.map(|l| l.id).collect::<Vec<_>>()
+            };
+            prop_assert_eq!(unmanaged(&before), unmanaged(&after));
+            if desired == DesiredView::Absent {
                 prop_assert_eq!(after.views().count(), 0);
             }
-            if let (Wish::Files(wished) | Wish::Add(wished), Some(serving)) = (wish, serving) {
-                for file in wished.iter().filter(|f| serving.files.contains(*f)) {
-                    let left_out = first.left_out.iter().any(|(f, _)| *f == file);
+            if let (DesiredView::Exactly(files) | DesiredView::AtLeast(files), Some(serving)) = (desired, serving) {
+                for file in files.iter().filter(|f| serving.files.contains(*f)) {
+                    let skipped = first.skipped.iter().any(|(f, _)| *f == file);
                     let current = after.views().any(|(f, dev)| f == file && dev == NEW);
-                    prop_assert!(left_out || current, "{file} is neither there nor reported");
+                    prop_assert!(skipped || current, "{file} is neither mounted nor reported");
                 }
             }
         }

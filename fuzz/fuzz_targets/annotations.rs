@@ -1,20 +1,17 @@
-//! What a pod and its namespace say.
+//! The annotations of a pod and the label of its namespace.
 #![no_main]
 
-use kube_lxcfs::{
-    plan::Wish,
-    policy::{Annotations, wishes},
-};
+use kube_lxcfs::{model::pod::Annotations, plan::DesiredView, policy::decide};
 use libfuzzer_sys::fuzz_target;
 
-type Said = (Option<String>, Option<String>, Option<String>, Option<String>, bool, Vec<String>);
+type Input = (Option<String>, Option<String>, Option<String>, Option<String>, bool, Vec<String>);
 
-fuzz_target!(|said: Said| {
-    let (inject, files, containers, label, default, names) = said;
+fuzz_target!(|input: Input| {
+    let (inject, files, containers, label, default, names) = input;
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let told = wishes(&Annotations { inject, files, containers }, label.as_deref(), default, &names);
-    for wish in told.by_container.values() {
-        assert!(*wish != Wish::Keep || !told.problems.is_empty());
+    let decision = decide(&Annotations { inject, files, containers }, label.as_deref(), default, &names);
+    for desired in decision.by_container.values() {
+        assert!(*desired != DesiredView::Unmanaged || !decision.invalid.is_empty());
     }
-    told.problems.iter().for_each(|problem| drop(problem.to_string()));
+    decision.invalid.iter().for_each(|invalid| drop(invalid.to_string()));
 });

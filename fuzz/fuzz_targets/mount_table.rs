@@ -1,14 +1,14 @@
-//! A mount table, at any root.
+//! A mount table, with any root directory.
 #![no_main]
 
-use kube_lxcfs::mount::table::Table;
+use kube_lxcfs::{mount::observe::observe, sys::mountinfo::MountTable};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: (&[u8], &[u8])| {
     let (text, root) = data;
-    if let Ok(table) = Table::parse(text) {
-        let _ = table.there(b"/", |group| group % 2 == 0);
-        let _ = table.there(root, |_| false);
+    if let Ok(table) = MountTable::parse(text) {
+        let _ = observe(&table, b"/", |group| group % 2 == 0);
+        let _ = observe(&table, root, |_| false);
         let _ = table.top(root);
     }
 });

@@ -2,7 +2,7 @@
 #![no_main]
 
 use bytes::BytesMut;
-use kube_lxcfs::runtime::nri::wire::{Frame, LONGEST_FRAME, Packet};
+use kube_lxcfs::sources::nri::ttrpc::{Frame, MAX_FRAME_BYTES, Message};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
@@ -21,10 +21,10 @@ fuzz_target!(|data: &[u8]| {
                 Err(_) => return,
             }
         }
-        while let Ok(Some(packet)) = Packet::decode(&mut stream) {
-            let mut again = BytesMut::from(&packet.frame(1).payload[..]);
-            assert_eq!(Packet::decode(&mut again), Ok(Some(packet)));
+        while let Ok(Some(message)) = Message::decode(&mut stream) {
+            let mut again = BytesMut::from(&message.frame(1).payload[..]);
+            assert_eq!(Message::decode(&mut again), Ok(Some(message)));
         }
-        assert!(socket.capacity() <= 4 * (data.len() + 64) && stream.len() <= LONGEST_FRAME);
+        assert!(socket.capacity() <= 4 * (data.len() + 64) && stream.len() <= MAX_FRAME_BYTES);
     }
 });

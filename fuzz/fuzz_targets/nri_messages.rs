@@ -1,7 +1,7 @@
 //! The messages of NRI and ttrpc.
 #![no_main]
 
-use kube_lxcfs::runtime::nri::wire::{
+use kube_lxcfs::sources::nri::ttrpc::{
     ConfigureRequest, ContainerRequest, Request, Response, StateChangeEvent, SynchronizeRequest,
 };
 use libfuzzer_sys::fuzz_target;

@@ -1,7 +1,7 @@
-//! What an OCI runtime hands to its hook: the state, and the config of the bundle.
+//! The input of an OCI hook: the state, and the config of the bundle.
 #![no_main]
 
-use kube_lxcfs::hook::{Config, State};
+use kube_lxcfs::oci_hook::{Config, State};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
@@ -9,7 +9,7 @@ fuzz_target!(|data: &[u8]| {
         assert!(state.pid > 0);
     }
     if let Ok(config) = Config::parse(data) {
-        let _ = config.wish("id", false);
-        let _ = config.wish("", true);
+        let _ = config.desired("id", false);
+        let _ = config.desired("", true);
     }
 });

@@ -1,460 +1,468 @@
-//! What the agent knows and what is to be done next. A state machine without effects: it is told updates, results and the
-//! time, and says which operations to begin and which events to tell. At most one operation runs per container, and the last
-//! wish wins whatever came in between.
+//! The agent's state machine. It is sans-I/O: inputs are updates, completions and the time; outputs
+//! are operations and events.
+//!
+//! At most one operation per container is in flight. The last desired view wins.
+
+mod container;
+mod operation;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     time::{Duration, Instant},
 };
 
+use self::container::Container;
+pub use self::operation::{Actions, Completion, Operation};
+use super::pod_events::{self, PodReport};
 use crate::{
-    plan::{LeftOut, Step, Wish},
-    pods::{Pod, Started, Trigger, Update},
-    policy::{self, Problem},
-    report::{
-        events::{PodEvent, PodRef, Reason},
-        http::Known,
-        metrics::ContainerState,
+    model::{
+        container_id::ContainerId,
+        pod::{Pod, StartedContainer, Trigger, Update},
+        status::ContainerStatus,
     },
-    runtime::ContainerId,
-    view::{FileSet, ViewFile},
+    plan::DesiredView,
+    policy::{self, InvalidAnnotation},
+    telemetry::{
+        Backoff,
+        events::{PodEvent, Reason},
+    },
 };
 
-/// The first and the longest wait before a failed operation is tried again; doubled each time.
-const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-/// The same for an lxcfs that does not serve.
-const LXCFS_RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
-
-/// An operation to begin.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Start {
-    pub id: ContainerId,
-    pub wish: Wish,
-    /// For the log: `namespace/pod/container`.
-    pub name: String,
-    /// The container's first process, where the runtime told it.
-    pub pid: Option<i64>,
-}
-
-/// What to do now.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Due {
-    pub start: Vec<Start>,
-    /// Operations wait for the serving lxcfs: find it.
-    pub find_lxcfs: bool,
-}
-
-/// How an operation ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Finished {
-    /// The container is as it was wished.
-    Done { done: Vec<Step>, left_out: Vec<(ViewFile, LeftOut)> },
-    /// It is not, or not wholly; it will be tried again.
-    Failed { done: Vec<Step>, why: String },
-    /// Its thread hangs: told now, and it counts as running until another result comes.
-    Hangs { why: String },
-    /// The container does not run (any more, or yet), or the runtime cannot tell: tried again, and nobody is told.
-    Later,
-    /// It can have no view.
-    Unsupported { why: String },
-}
+/// The delay before a failed operation is retried.
+const CONTAINER_RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
+/// The delay before an absent lxcfs is looked for again.
+const LXCFS_RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
 
 /// What is known of the serving lxcfs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Lxcfs {
+enum LxcfsState {
     Unknown,
     Finding { attempt: u32 },
-    Serves,
-    Absent { attempt: u32, again: Instant },
+    Serving,
+    Absent { attempt: u32, retry_at: Instant },
 }
 
+/// A container that the runtime reported and the watch of the pods has not yet.
 #[derive(Debug)]
-struct Container {
-    pod: String,
-    name: String,
-    /// As [`State`]'s.
-    adopt: bool,
-    wish: Wish,
-    /// The wish that it was last brought to.
-    settled: Option<Wish>,
-    running: Option<Wish>,
-    /// The operation that runs settles nothing: lxcfs changed meanwhile.
-    again: bool,
-    /// With adoption: its last operation had no lxcfs, and another is due when there is one.
-    unadopted: bool,
-    /// A failed operation waits until then.
-    retry: Option<(u32, Instant)>,
-    /// The warning that was told last, so that it is not told again at each retry.
-    told: Option<String>,
-    pid: Option<i64>,
-    /// Who told of its wish, and when: until the view is in place.
-    since: Option<(Trigger, Instant)>,
-}
-
-/// A container that the runtime told of, and the watch of the pods has not yet.
-#[derive(Debug)]
-struct Early {
+struct Unconfirmed {
     pod: String,
     name: String,
     pid: Option<i64>,
-    since: (Trigger, Instant),
-}
-
-/// What is to be told of a pod when none of its containers is being worked on.
-#[derive(Debug, Default)]
-struct Report {
-    injected: BTreeMap<String, FileSet>,
-    removed: BTreeMap<String, FileSet>,
-    remounted: BTreeMap<String, FileSet>,
-    left_out: BTreeMap<String, Vec<String>>,
-    failed: BTreeMap<String, String>,
-    unsupported: BTreeMap<String, String>,
+    triggered: (Trigger, Instant),
 }
 
 #[derive(Debug)]
 struct PodState {
     pod: Pod,
-    problems: Vec<Problem>,
-    report: Report,
-    /// The watch told of it; else it is known from the runtime alone, as it was when its sandbox was made.
-    listed: bool,
+    invalid: Vec<InvalidAnnotation>,
+    report: PodReport,
+    /// Otherwise only the runtime reported it, as it was when its sandbox was created.
+    seen_by_watch: bool,
+}
+
+/// What the state machine is configured with.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StateConfig {
+    /// Pods without annotation and namespace label have a view.
+    pub inject_by_default: bool,
+    /// Updates of namespaces will come; decisions wait for the first list. Without it, a pod of a
+    /// labelled namespace would lose its view for a moment when the agent starts.
+    pub has_namespaces: bool,
+    /// Pod-provided lxcfs files are kept current too: every container needs lxcfs.
+    pub adopt: bool,
 }
 
 /// The agent's state.
 #[derive(Debug)]
-#[allow(
-    clippy::struct_excessive_bools,
-    reason = "two flags of the command line and two lists that are there or not yet"
-)]
 pub struct State {
-    inject_by_default: bool,
+    config: StateConfig,
     pods_listed: bool,
-    /// Without them a pod of a labelled namespace would lose its view for a moment when the agent starts.
     namespaces_listed: bool,
+    /// By uid.
     pods: HashMap<String, PodState>,
-    labels: HashMap<String, String>,
+    namespace_labels: HashMap<String, String>,
     containers: HashMap<ContainerId, Container>,
-    early: HashMap<ContainerId, Early>,
-    lxcfs: Lxcfs,
-    /// Sweeps that run now. They go by device numbers, and a new lxcfs may have that of one that is gone: nothing is put in.
+    unconfirmed: HashMap<ContainerId, Unconfirmed>,
+    lxcfs: LxcfsState,
+    /// Sweeps in progress. A sweep selects by device number, and a new lxcfs may have that of the
+    /// exited one, so nothing is injected during a sweep.
     sweeps: usize,
-    /// lxcfs files that came with a pod are kept current too: every container needs lxcfs.
-    adopt: bool,
     events: Vec<PodEvent>,
     latencies: Vec<(Trigger, Duration)>,
 }
 
 impl State {
-    /// `has_namespaces`: whether updates of namespaces will come, so that decisions wait for the first.
-    pub fn new(inject_by_default: bool, has_namespaces: bool, adopt: bool) -> State {
+    pub fn new(config: StateConfig) -> State {
         State {
-            inject_by_default,
-            adopt,
+            config,
             pods_listed: false,
-            namespaces_listed: !has_namespaces,
+            namespaces_listed: !config.has_namespaces,
             pods: HashMap::new(),
-            labels: HashMap::new(),
+            namespace_labels: HashMap::new(),
             containers: HashMap::new(),
-            early: HashMap::new(),
-            lxcfs: Lxcfs::Unknown,
+            unconfirmed: HashMap::new(),
+            lxcfs: LxcfsState::Unknown,
             sweeps: 0,
             events: Vec::new(),
             latencies: Vec::new(),
         }
     }
 
-    /// Takes what a watcher tells at `now`.
+    /// Takes an update from a source.
     pub fn update(&mut self, update: Update, now: Instant) {
         match update {
-            Update::Pods(pods) => {
-                self.pods_listed = true;
-                let listed: HashSet<&str> = pods.iter().map(|p| p.uid.as_str()).collect();
-                self.pods.values_mut().for_each(|p| p.listed = listed.contains(p.pod.uid.as_str()));
-                let early = &self.early;
-                let kept = |id: &ContainerId, c: &mut Container| {
-                    listed.contains(c.pod.as_str()) || c.running.is_some() || early.contains_key(id)
-                };
-                self.containers.retain(kept);
-                pods.into_iter().for_each(|pod| self.put(pod));
-                self.forget();
-                self.decide_all(now);
-            }
-            Update::Pod(pod) => {
+            Update::PodsReplaced(pods) => self.replace_pods(pods, now),
+            Update::PodApplied(pod) => {
                 let uid = pod.uid.clone();
-                self.put(pod);
-                self.forget();
-                self.decide(&uid, now);
+                self.apply_pod(pod);
+                self.prune_pods();
+                self.update_desired(&uid, now);
             }
-            Update::PodGone(uid) => {
+            Update::PodDeleted(uid) => {
                 self.pods.remove(&uid);
-                self.early.retain(|_, early| early.pod != uid);
-                self.containers.retain(|_, c| c.pod != uid || c.running.is_some());
+                self.unconfirmed.retain(|_, unconfirmed| unconfirmed.pod != uid);
+                self.containers.retain(|_, c| c.pod != uid || c.in_flight.is_some());
             }
-            Update::Namespaces(namespaces) => {
+            Update::NamespacesReplaced(namespaces) => {
                 self.namespaces_listed = true;
-                self.labels = namespaces.into_iter().map(|n| (n.name, n.label)).collect();
-                self.decide_all(now);
+                self.namespace_labels = namespaces.into_iter().map(|n| (n.name, n.label)).collect();
+                self.update_desired_where(|_| true, now);
             }
-            Update::Namespace(namespace) => {
-                self.labels.insert(namespace.name.clone(), namespace.label);
-                self.decide_namespace(&namespace.name, now);
+            Update::NamespaceApplied(namespace) => {
+                self.namespace_labels.insert(namespace.name.clone(), namespace.label);
+                self.update_desired_where(|pod| pod.namespace == namespace.name, now);
             }
-            Update::NamespaceGone(name) => {
-                self.labels.remove(&name);
-                self.decide_namespace(&name, now);
+            Update::NamespaceDeleted(name) => {
+                self.namespace_labels.remove(&name);
+                self.update_desired_where(|pod| pod.namespace == name, now);
             }
-            Update::Started(started, trigger) => self.started(started, trigger, now),
-            Update::Ended(id) => self.ended(&id),
-            Update::Running { running, by, asked } => {
-                let known: HashSet<&ContainerId> = running.iter().map(|started| &started.id).collect();
-                // One that has started since is not in the list.
-                let gone = |(id, early): &(&ContainerId, &Early)| early.since.1 < asked && !known.contains(id);
-                let gone: Vec<ContainerId> = self.early.iter().filter(gone).map(|(id, _)| id.clone()).collect();
-                gone.iter().for_each(|id| self.ended(id));
-                running.into_iter().for_each(|started| self.started(started, by, now));
+            Update::ContainerStarted(container, trigger) => {
+                self.container_started(container, trigger, now)
+            }
+            Update::ContainerStopped(id) => self.container_stopped(&id),
+            Update::ContainersListed { containers, trigger, requested_at } => {
+                let listed: HashSet<&ContainerId> = containers.iter().map(|c| &c.id).collect();
+                // A container that started after the request may be missing in the list.
+                let stopped = |(id, unconfirmed): &(&ContainerId, &Unconfirmed)| {
+                    unconfirmed.triggered.1 < requested_at && !listed.contains(id)
+                };
+                let stopped: Vec<ContainerId> =
+                    self.unconfirmed.iter().filter(stopped).map(|(id, _)| id.clone()).collect();
+                stopped.iter().for_each(|id| self.container_stopped(id));
+                containers.into_iter().for_each(|c| self.container_started(c, trigger, now));
             }
         }
     }
 
-    fn started(&mut self, Started { pod, name, id, pid }: Started, trigger: Trigger, now: Instant) {
+    fn replace_pods(&mut self, pods: Vec<Pod>, now: Instant) {
+        self.pods_listed = true;
+        let listed: HashSet<&str> = pods.iter().map(|p| p.uid.as_str()).collect();
+        self.pods.values_mut().for_each(|p| p.seen_by_watch = listed.contains(p.pod.uid.as_str()));
+        let unconfirmed = &self.unconfirmed;
+        self.containers.retain(|id, c| {
+            listed.contains(c.pod.as_str()) || c.in_flight.is_some() || unconfirmed.contains_key(id)
+        });
+        pods.into_iter().for_each(|pod| self.apply_pod(pod));
+        self.prune_pods();
+        self.update_desired_where(|_| true, now);
+    }
+
+    /// Takes a pod from the watch.
+    fn apply_pod(&mut self, pod: Pod) {
+        for container in &pod.containers {
+            let Some(id) = &container.id else { continue };
+            // A static pod has different uids at the API server and at the runtime.
+            if let Some(known) = self.containers.get_mut(id) {
+                known.pod.clone_from(&pod.uid);
+            }
+            // Earlier starts of the same container have stopped, even if no stop was reported.
+            if let Some(Unconfirmed { triggered: (_, at), .. }) = self.unconfirmed.remove(id) {
+                self.unconfirmed.retain(|_, unconfirmed| {
+                    unconfirmed.pod != pod.uid
+                        || unconfirmed.name != container.name
+                        || unconfirmed.triggered.1 > at
+                });
+            }
+        }
+        match self.pods.get_mut(&pod.uid) {
+            Some(known) => (known.pod, known.seen_by_watch) = (pod, true),
+            None => drop(self.pods.insert(pod.uid.clone(), PodState::new(pod, true))),
+        }
+    }
+
+    fn container_started(&mut self, started: StartedContainer, trigger: Trigger, now: Instant) {
+        let StartedContainer { pod, name, id, pid } = started;
         if let Some(known) = self.containers.get_mut(&id) {
-            // Another told of it first. If it could not be found then, it can be now.
+            // Another source reported it first. If the runtime did not know it then, it does now.
             known.pid = pid.or(known.pid);
             known.retry = None;
             return;
         }
         let uid = pod.uid.clone();
-        self.pods.entry(uid.clone()).or_insert_with(|| PodState {
-            pod,
-            problems: Vec::new(),
-            report: Report::default(),
-            listed: false,
-        });
-        self.early.insert(id, Early { pod: uid.clone(), name, pid, since: (trigger, now) });
-        self.decide(&uid, now);
+        self.pods.entry(uid.clone()).or_insert_with(|| PodState::new(pod, false));
+        self.unconfirmed
+            .insert(id, Unconfirmed { pod: uid.clone(), name, pid, triggered: (trigger, now) });
+        self.update_desired(&uid, now);
     }
 
-    /// What the watch of the pods knows of is its matter.
-    fn ended(&mut self, id: &ContainerId) {
-        if self.early.remove(id).is_some() {
-            self.containers.retain(|known, c| known != id || c.running.is_some());
-            self.forget();
+    /// Removes an unconfirmed container. Others are removed with their pod by the watch.
+    fn container_stopped(&mut self, id: &ContainerId) {
+        if self.unconfirmed.remove(id).is_some() {
+            self.containers.retain(|known, c| known != id || c.in_flight.is_some());
+            self.prune_pods();
         }
     }
 
-    /// Drops pods that nobody knows of any more.
-    fn forget(&mut self) {
-        let early: HashSet<&str> = self.early.values().map(|early| early.pod.as_str()).collect();
-        self.pods.retain(|uid, pod| pod.listed || early.contains(uid.as_str()));
+    /// Removes pods that neither the watch nor an unconfirmed container refers to.
+    fn prune_pods(&mut self) {
+        let unconfirmed: HashSet<&str> =
+            self.unconfirmed.values().map(|c| c.pod.as_str()).collect();
+        self.pods.retain(|uid, pod| pod.seen_by_watch || unconfirmed.contains(uid.as_str()));
     }
 
-    /// What to begin at `now`. Each operation told here is taken to run until [`State::finished`].
-    pub fn due(&mut self, now: Instant) -> Due {
-        let mut due = Due::default();
-        let serves = self.lxcfs_usable();
+    fn update_desired_where(&mut self, select: impl Fn(&Pod) -> bool, now: Instant) {
+        let selected = self.pods.iter().filter(|(_, pod)| select(&pod.pod));
+        let uids: Vec<String> = selected.map(|(uid, _)| uid.clone()).collect();
+        uids.iter().for_each(|uid| self.update_desired(uid, now));
+    }
+
+    /// Decides about the containers of a pod.
+    fn update_desired(&mut self, uid: &str, now: Instant) {
+        let Some(PodState { pod, invalid, seen_by_watch, .. }) = self.pods.get_mut(uid) else {
+            return;
+        };
+        // The runtime knows the annotations at the pod's creation: if they decide, no list is
+        // needed.
+        if !self.namespaces_listed && (*seen_by_watch || pod.annotations.inject.is_none()) {
+            return;
+        }
+        let mut containers: Vec<(&str, Option<&ContainerId>)> =
+            pod.containers.iter().map(|c| (c.name.as_str(), c.id.as_ref())).collect();
+        let unconfirmed = self.unconfirmed.iter().filter(|(_, c)| c.pod == uid);
+        containers.extend(unconfirmed.map(|(id, c)| (c.name.as_str(), Some(id))));
+        let mut names: Vec<&str> = containers.iter().map(|(name, _)| *name).collect();
+        if !*seen_by_watch {
+            // The runtime does not report a pod's containers in advance, so any name is taken as
+            // valid.
+            names.extend(
+                pod.annotations.containers.iter().flat_map(|all| all.split(',')).map(str::trim),
+            );
+        }
+        names.sort_unstable();
+        names.dedup();
+        let label = self.namespace_labels.get(&pod.namespace).map(String::as_str);
+        let decision =
+            policy::decide(&pod.annotations, label, self.config.inject_by_default, &names);
+        if *seen_by_watch && *invalid != decision.invalid {
+            if !decision.invalid.is_empty() {
+                let note =
+                    decision.invalid.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+                let pod = pod_events::reference(pod);
+                self.events.push(PodEvent { pod, reason: Reason::LxcfsInvalidAnnotation, note });
+            }
+            *invalid = decision.invalid;
+        }
+        let running: HashSet<&ContainerId> = containers.iter().filter_map(|(_, id)| *id).collect();
+        self.containers
+            .retain(|id, c| c.pod != uid || running.contains(id) || c.in_flight.is_some());
+        for (name, id) in containers {
+            let (Some(id), Some(desired)) = (id, decision.by_container.get(name)) else { continue };
+            let desired = match *desired {
+                desired if *seen_by_watch => desired,
+                // The annotations may have changed since the pod's creation: they inject, and never
+                // remove.
+                DesiredView::Exactly(files) => DesiredView::AtLeast(files),
+                _ => DesiredView::Unmanaged,
+            };
+            let unconfirmed = self.unconfirmed.get(id);
+            let known = self.containers.entry(id.clone()).or_insert_with(|| Container {
+                pod: uid.to_owned(),
+                name: name.to_owned(),
+                adopt: self.config.adopt,
+                desired,
+                applied: None,
+                in_flight: None,
+                dirty: false,
+                adoption_pending: false,
+                retry: None,
+                reported_error: None,
+                pid: unconfirmed.and_then(|c| c.pid),
+                triggered: Some(unconfirmed.map_or((Trigger::Watch, now), |c| c.triggered)),
+            });
+            if known.desired != desired {
+                known.desired = desired;
+                known.retry = None;
+                known.reported_error = None;
+                known.triggered = Some((Trigger::Watch, now));
+            }
+        }
+    }
+
+    /// What to start at `now`. Each operation returned counts as in flight until
+    /// [`State::completed`].
+    pub fn poll_actions(&mut self, now: Instant) -> Actions {
+        let mut actions = Actions::default();
+        let usable = self.lxcfs == LxcfsState::Serving && self.sweeps == 0;
         for (id, c) in &mut self.containers {
-            due.find_lxcfs |= c.unadopted;
+            actions.find_lxcfs |= c.adoption_pending;
             let Some(pod) = self.pods.get(&c.pod) else { continue };
-            if !c.waits() || c.retry.is_some_and(|(_, at)| at > now) {
+            if !c.needs_reconcile() || c.retry.is_some_and(|(_, at)| at > now) {
                 continue;
             }
-            if c.needs_lxcfs() && !serves {
-                due.find_lxcfs = true;
+            if c.needs_lxcfs() && !usable {
+                actions.find_lxcfs = true;
                 continue;
             }
-            c.running = Some(c.wish);
-            c.unadopted = c.adopt && !serves;
+            c.in_flight = Some(c.desired);
+            c.adoption_pending = c.adopt && !usable;
             let name = format!("{}/{}/{}", pod.pod.namespace, pod.pod.name, c.name);
-            due.start.push(Start { id: id.clone(), wish: c.wish, name, pid: c.pid });
-            due.find_lxcfs |= c.unadopted;
+            actions.start.push(Operation { id: id.clone(), desired: c.desired, name, pid: c.pid });
+            actions.find_lxcfs |= c.adoption_pending;
         }
-        due.find_lxcfs &= self.sweeps == 0 && !serves;
-        if due.find_lxcfs {
+        actions.find_lxcfs &= self.sweeps == 0 && !usable;
+        if actions.find_lxcfs {
             match self.lxcfs {
-                Lxcfs::Unknown => self.lxcfs = Lxcfs::Finding { attempt: 0 },
-                Lxcfs::Absent { attempt, again } if again <= now => self.lxcfs = Lxcfs::Finding { attempt },
-                _ => due.find_lxcfs = false,
+                LxcfsState::Unknown => self.lxcfs = LxcfsState::Finding { attempt: 0 },
+                LxcfsState::Absent { attempt, retry_at } if retry_at <= now => {
+                    self.lxcfs = LxcfsState::Finding { attempt };
+                }
+                _ => actions.find_lxcfs = false,
             }
         }
-        due
+        actions
     }
 
-    /// When [`State::due`] has something to say next, if nothing else happens. It has said what it had at `now`.
-    pub fn next(&self) -> Option<Instant> {
-        let wakes = |c: &Container| {
+    /// When [`State::poll_actions`] has new actions, if there is no input before.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let due = |c: &Container| {
             let retry = c.retry.map(|(_, at)| at);
             match self.lxcfs {
-                _ if c.waits() && !c.needs_lxcfs() && !c.unadopted => retry,
-                _ if !c.waits() && !c.unadopted => None,
-                // Their ends are told.
+                _ if c.needs_reconcile() && !c.needs_lxcfs() && !c.adoption_pending => retry,
+                _ if !c.needs_reconcile() && !c.adoption_pending => None,
+                // Their ends are inputs.
                 _ if self.sweeps > 0 => None,
-                Lxcfs::Finding { .. } => None,
-                Lxcfs::Absent { again, .. } => retry.max(Some(again)),
-                Lxcfs::Unknown | Lxcfs::Serves => retry,
+                LxcfsState::Finding { .. } => None,
+                LxcfsState::Absent { retry_at, .. } => retry.max(Some(retry_at)),
+                LxcfsState::Unknown | LxcfsState::Serving => retry,
             }
         };
-        self.containers.values().filter_map(wakes).min()
+        self.containers.values().filter_map(due).min()
     }
 
-    /// Whether an operation on the container runs, or will begin as soon as lxcfs was asked: worth waiting for.
-    pub fn pending(&self, id: &ContainerId) -> bool {
-        let lxcfs = !matches!(self.lxcfs, Lxcfs::Absent { .. } | Lxcfs::Finding { attempt: 1.. });
-        let pending =
-            |c: &Container| c.running.is_some() || (c.waits() && c.retry.is_none() && (lxcfs || !c.needs_lxcfs()));
-        self.containers.get(id).is_some_and(pending)
+    /// Whether an operation on the container is in flight, or starts as soon as lxcfs is found: a
+    /// blocked start waits for it.
+    pub fn is_pending(&self, id: &ContainerId) -> bool {
+        let found_soon =
+            !matches!(self.lxcfs, LxcfsState::Absent { .. } | LxcfsState::Finding { attempt: 1.. });
+        self.containers.get(id).is_some_and(|c| {
+            let startable =
+                c.needs_reconcile() && c.retry.is_none() && (found_soon || !c.needs_lxcfs());
+            c.in_flight.is_some() || startable
+        })
     }
 
-    /// A sweep begins; see [`State::swept`].
-    pub fn sweeps(&mut self) {
+    /// A sweep starts; see [`State::sweep_finished`].
+    pub fn sweep_started(&mut self) {
         self.sweeps += 1;
     }
 
-    /// A sweep has ended.
-    pub fn swept(&mut self) {
+    /// A sweep has finished.
+    pub fn sweep_finished(&mut self) {
         self.sweeps -= 1;
     }
 
-    fn lxcfs_usable(&self) -> bool {
-        self.lxcfs == Lxcfs::Serves && self.sweeps == 0
-    }
-
-    /// Takes the answer to [`Due::find_lxcfs`].
+    /// Takes the result of [`Actions::find_lxcfs`].
     pub fn lxcfs_found(&mut self, found: Result<(), String>, now: Instant) {
-        let Lxcfs::Finding { attempt } = self.lxcfs else { return };
+        let LxcfsState::Finding { attempt } = self.lxcfs else { return };
         let Err(why) = found else {
-            self.lxcfs = Lxcfs::Serves;
+            self.lxcfs = LxcfsState::Serving;
             for c in self.containers.values_mut() {
-                if std::mem::take(&mut c.unadopted) {
-                    c.look_again();
+                if std::mem::take(&mut c.adoption_pending) {
+                    c.requeue();
                 }
             }
             return;
         };
-        self.lxcfs = Lxcfs::Absent { attempt: attempt + 1, again: now + backoff(LXCFS_RETRY, attempt) };
-        // One failure is a restart of lxcfs, and not worth an event on every pod that starts meanwhile.
+        self.lxcfs =
+            LxcfsState::Absent { attempt: attempt + 1, retry_at: now + LXCFS_RETRY.delay(attempt) };
+        // One failure is a restart of lxcfs, which needs no event on every pod that starts in
+        // between.
         if attempt == 0 {
             return;
         }
-        for c in self.containers.values_mut().filter(|c| c.waits() && c.needs_lxcfs()) {
-            if c.told.as_ref() != Some(&why)
-                && let Some(pod) = self.pods.get_mut(&c.pod)
-            {
-                c.told = Some(why.clone());
-                pod.report.failed.insert(c.name.clone(), why.clone());
+        for c in self.containers.values_mut().filter(|c| c.needs_reconcile() && c.needs_lxcfs()) {
+            if let Some(pod) = self.pods.get_mut(&c.pod) {
+                c.report_error(why.clone(), |name, why| pod.report.add_failed(name, why));
             }
         }
-        self.report_all();
+        self.flush_reports();
     }
 
-    /// Whether lxcfs is looked for the first time since it served.
-    pub fn lxcfs_missing_first(&self) -> bool {
-        matches!(self.lxcfs, Lxcfs::Finding { attempt: 0 })
+    /// Whether this is the first search for lxcfs since it served.
+    pub fn is_first_search(&self) -> bool {
+        matches!(self.lxcfs, LxcfsState::Finding { attempt: 0 })
     }
 
-    /// The lxcfs that was found is no longer held: the next operation that needs one finds it anew.
+    /// The lxcfs that was found is released: the next operation that needs one looks for it again.
     pub fn lxcfs_released(&mut self) {
-        if self.lxcfs == Lxcfs::Serves {
-            self.lxcfs = Lxcfs::Unknown;
+        if self.lxcfs == LxcfsState::Serving {
+            self.lxcfs = LxcfsState::Unknown;
         }
     }
 
-    /// Another lxcfs serves, or none: what is known of it is no longer true, and every view is looked at again.
+    /// The serving lxcfs changed: what was known of it is outdated, and every view is reconciled
+    /// again.
     pub fn lxcfs_changed(&mut self) {
-        self.lxcfs = Lxcfs::Unknown;
-        let has_view = |wish: Option<Wish>| wish.is_some_and(|wish| wish != Wish::Nothing);
+        self.lxcfs = LxcfsState::Unknown;
+        let has_view = |desired: Option<DesiredView>| {
+            desired.is_some_and(|desired| desired != DesiredView::Absent)
+        };
         for c in self.containers.values_mut() {
-            if c.adopt || c.needs_lxcfs() || has_view(c.settled) || has_view(c.running) {
-                c.look_again();
+            if c.adopt || c.needs_lxcfs() || has_view(c.applied) || has_view(c.in_flight) {
+                c.requeue();
             }
         }
     }
 
-    /// Takes the result of an operation.
-    pub fn finished(&mut self, id: &ContainerId, finished: Finished, now: Instant) {
+    /// Takes the completion of an operation.
+    pub fn completed(&mut self, id: &ContainerId, completion: Completion, now: Instant) {
         let Some(c) = self.containers.get_mut(id) else { return };
-        let Some(wish) = c.running else { return };
+        let Some(desired) = c.in_flight else { return };
         let Some(pod) = self.pods.get_mut(&c.pod) else {
-            // The pod went while the operation ran; one that hangs is kept, so that no second one is begun.
-            if !matches!(finished, Finished::Hangs { .. }) {
+            // The pod was deleted during the operation. A hung one is kept, so that no second one
+            // starts.
+            if !matches!(completion, Completion::TimedOut { .. }) {
                 self.containers.remove(id);
             }
             return;
         };
-        let listed = || pod.pod.containers.iter().any(|known| known.id.as_ref() == Some(id));
-        let known = self.early.contains_key(id) || listed();
-        let report = &mut pod.report;
-        let mut hangs = false;
-        match finished {
-            Finished::Done { done, left_out } => {
-                report.steps(&c.name, &done);
-                if let Some((trigger, at)) = c.since.take()
-                    && done.iter().any(|step| matches!(step, Step::Inject(_)))
-                {
-                    self.latencies.push((trigger, now.saturating_duration_since(at)));
-                }
-                let nothing = done.is_empty() && matches!(wish, Wish::Files(f) if f.len() <= left_out.len());
-                let left_out: Vec<String> = left_out.iter().map(|(file, why)| format!("{file} ({why})")).collect();
-                if nothing {
-                    let why = format!("nothing could be put in; left out: {}", left_out.join(", "));
-                    warn(&mut c.told, &mut report.failed, &c.name, why);
-                } else {
-                    c.told = None;
-                    if !left_out.is_empty() {
-                        report.left_out.insert(c.name.clone(), left_out);
-                    }
-                }
-                c.settled = Some(wish);
-                c.retry = None;
-            }
-            Finished::Failed { done, why } => {
-                report.steps(&c.name, &done);
-                warn(&mut c.told, &mut report.failed, &c.name, why);
-                c.fail(now);
-            }
-            Finished::Hangs { why } => {
-                warn(&mut c.told, &mut report.failed, &c.name, why);
-                hangs = true;
-            }
-            Finished::Later => c.fail(now),
-            Finished::Unsupported { why } => {
-                // Nothing is lost on a container that does not want a view.
-                if wish != Wish::Nothing {
-                    warn(&mut c.told, &mut report.unsupported, &c.name, why);
-                }
-                c.settled = Some(wish);
-                c.retry = None;
-            }
+        self.latencies.extend(c.complete(desired, completion, &mut pod.report, now));
+        let known = self.unconfirmed.contains_key(id)
+            || pod.pod.containers.iter().any(|c| c.id.as_ref() == Some(id));
+        if c.in_flight.is_none() && !known {
+            self.containers.remove(id);
         }
-        if !hangs {
-            c.running = None;
-            if std::mem::take(&mut c.again) {
-                c.settled = None;
-                c.retry = None;
-            }
-            if !known {
-                self.containers.remove(id);
-            }
-        }
-        self.report_all();
+        self.flush_reports();
     }
 
-    /// Has every container looked at again: what is as it must be, stays.
+    /// Has every container reconciled again; a view that is as desired stays.
     pub fn resync(&mut self) {
-        self.containers.values_mut().for_each(|c| c.settled = None);
+        self.containers.values_mut().for_each(|c| c.applied = None);
     }
 
-    /// The events to tell since the last call.
+    /// The events since the last call.
     pub fn take_events(&mut self) -> Vec<PodEvent> {
         std::mem::take(&mut self.events)
     }
 
-    /// How long each view took since the last call, from who told of it first to its being in place.
+    /// The latencies of the views that were injected since the last call, each from its first
+    /// trigger.
     pub fn take_latencies(&mut self) -> Vec<(Trigger, Duration)> {
         std::mem::take(&mut self.latencies)
     }
 
     /// Why nothing can be decided yet.
-    pub fn waits_for(&self) -> Option<&'static str> {
+    pub fn not_ready_reason(&self) -> Option<&'static str> {
         match (self.pods_listed, self.namespaces_listed) {
             (false, _) => Some("pods not listed yet"),
             (true, false) => Some("namespaces not listed yet"),
@@ -463,247 +471,44 @@ impl State {
     }
 
     /// The containers that want a view, or may.
-    pub fn known(&self) -> Vec<Known> {
-        let known = |(id, c): (&ContainerId, &Container)| {
-            let pod = &self.pods.get(&c.pod)?.pod;
-            let (wish, state) = match c.wish {
-                Wish::Nothing => return None,
-                Wish::Keep if self.pods[&c.pod].problems.is_empty() => return None,
-                Wish::Keep => ("keep".to_owned(), ContainerState::Skipped),
-                Wish::Files(files) | Wish::Add(files) => {
-                    let wish = if files == FileSet::ALL { "all".to_owned() } else { files.to_string() };
-                    let state = match (c.settled == Some(c.wish), &c.told) {
-                        (true, None) => ContainerState::Injected,
-                        (true, Some(_)) => ContainerState::Skipped,
-                        (false, Some(_)) => ContainerState::Failed,
-                        (false, None) => ContainerState::Pending,
-                    };
-                    (wish, state)
-                }
-            };
-            Some(Known {
-                namespace: pod.namespace.clone(),
-                pod: pod.name.clone(),
-                container: c.name.clone(),
-                id: id.clone(),
-                state,
-                wish,
-                why: c.told.clone(),
-            })
+    pub fn snapshot(&self) -> Vec<ContainerStatus> {
+        let status = |(id, c): (&ContainerId, &Container)| {
+            let pod = self.pods.get(&c.pod)?;
+            c.status(id, &pod.pod, !pod.invalid.is_empty())
         };
-        self.containers.iter().filter_map(known).collect()
+        self.containers.iter().filter_map(status).collect()
     }
 
-    /// Whether every view that is wished is in place, or nothing can be done about it now.
-    pub fn is_at_rest(&self) -> bool {
-        self.containers.values().all(|c| c.running.is_none() && (!c.waits() || c.retry.is_some()))
+    /// Whether every view is as desired, or waits for a retry.
+    pub fn is_idle(&self) -> bool {
+        self.containers
+            .values()
+            .all(|c| c.in_flight.is_none() && (!c.needs_reconcile() || c.retry.is_some()))
     }
 
-    /// Operations that run now.
-    pub fn running(&self) -> usize {
-        self.containers.values().filter(|c| c.running.is_some()).count()
+    /// The number of operations in flight.
+    pub fn in_flight(&self) -> usize {
+        self.containers.values().filter(|c| c.in_flight.is_some()).count()
     }
 
-    /// Takes a pod as the watch tells it.
-    fn put(&mut self, pod: Pod) {
-        for container in &pod.containers {
-            let Some(id) = &container.id else { continue };
-            // A static pod has another uid at the API server than at the runtime.
-            if let Some(known) = self.containers.get_mut(id) {
-                known.pod.clone_from(&pod.uid);
-            }
-            // Those that started before it have ended, though nobody told.
-            if let Some(Early { since: (_, at), .. }) = self.early.remove(id) {
-                let older = |early: &Early| early.pod == pod.uid && early.name == container.name && early.since.1 <= at;
-                self.early.retain(|_, early| !older(early));
-            }
-        }
-        match self.pods.get_mut(&pod.uid) {
-            Some(known) => (known.pod, known.listed) = (pod, true),
-            None => {
-                let state = PodState { problems: Vec::new(), report: Report::default(), pod, listed: true };
-                self.pods.insert(state.pod.uid.clone(), state);
-            }
-        }
-    }
-
-    fn decide_all(&mut self, now: Instant) {
-        let uids: Vec<String> = self.pods.keys().cloned().collect();
-        uids.iter().for_each(|uid| self.decide(uid, now));
-    }
-
-    fn decide_namespace(&mut self, namespace: &str, now: Instant) {
-        let of = |pod: &PodState| pod.pod.namespace == namespace;
-        let uids: Vec<String> = self.pods.iter().filter(|(_, pod)| of(pod)).map(|(uid, _)| uid.clone()).collect();
-        uids.iter().for_each(|uid| self.decide(uid, now));
-    }
-
-    /// Brings the wishes of a pod's containers up to date.
-    fn decide(&mut self, uid: &str, now: Instant) {
-        let Some(PodState { pod, problems, listed, .. }) = self.pods.get_mut(uid) else { return };
-        // The runtime knows the annotations that a pod was made with: enough where they decide, before anything is listed.
-        if !self.namespaces_listed && (*listed || pod.annotations.inject.is_none()) {
-            return;
-        }
-        let mut containers: Vec<(&str, Option<&ContainerId>)> =
-            pod.containers.iter().map(|c| (c.name.as_str(), c.id.as_ref())).collect();
-        let early = self.early.iter().filter(|(_, early)| early.pod == uid);
-        containers.extend(early.map(|(id, early)| (early.name.as_str(), Some(id))));
-        let mut names: Vec<&str> = containers.iter().map(|(name, _)| *name).collect();
-        if !*listed {
-            // The runtime does not tell which containers a pod has; so whatever is named is taken to be one.
-            names.extend(pod.annotations.containers.iter().flat_map(|all| all.split(',')).map(str::trim));
-        }
-        names.sort_unstable();
-        names.dedup();
-        let label = self.labels.get(&pod.namespace).map(String::as_str);
-        let wishes = policy::wishes(&pod.annotations, label, self.inject_by_default, &names);
-        if *listed && *problems != wishes.problems {
-            if !wishes.problems.is_empty() {
-                let note = wishes.problems.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
-                self.events.push(PodEvent { pod: reference(pod), reason: Reason::LxcfsInvalidAnnotation, note });
-            }
-            *problems = wishes.problems;
-        }
-        let running: HashSet<&ContainerId> = containers.iter().filter_map(|(_, id)| *id).collect();
-        self.containers.retain(|id, c| c.pod != uid || running.contains(id) || c.running.is_some());
-        for (name, id) in containers {
-            let (Some(id), Some(wish)) = (id, wishes.by_container.get(name)) else { continue };
-            let wish = match *wish {
-                wish if *listed => wish,
-                // The annotations may have been changed since: nothing is taken out by old ones.
-                Wish::Files(files) => Wish::Add(files),
-                _ => Wish::Keep,
-            };
-            let early = self.early.get(id);
-            let since = early.map_or((Trigger::Watch, now), |early| early.since);
-            let known = self.containers.entry(id.clone()).or_insert_with(|| Container {
-                pod: uid.to_owned(),
-                name: name.to_owned(),
-                adopt: self.adopt,
-                wish,
-                settled: None,
-                running: None,
-                again: false,
-                unadopted: false,
-                retry: None,
-                told: None,
-                pid: early.and_then(|early| early.pid),
-                since: Some(since),
-            });
-            if known.wish != wish {
-                known.wish = wish;
-                known.retry = None;
-                known.told = None;
-                known.since = Some((Trigger::Watch, now));
-            }
-        }
-    }
-
-    /// Turns the reports of pods that nothing is being done to into events.
-    fn report_all(&mut self) {
-        let busy: HashSet<&str> = self
+    /// Turns the reports of pods without an operation in flight into events.
+    fn flush_reports(&mut self) {
+        let in_flight = self
             .containers
             .values()
-            .filter(|c| c.running.is_some() && c.told.is_none())
-            .map(|c| c.pod.as_str())
-            .collect();
+            .filter(|c| c.in_flight.is_some() && c.reported_error.is_none());
+        let busy: HashSet<&str> = in_flight.map(|c| c.pod.as_str()).collect();
         for (uid, pod) in &mut self.pods {
             if !busy.contains(uid.as_str()) {
-                let told = std::mem::take(&mut pod.report).events();
-                self.events.extend(told.into_iter().map(|(reason, note)| PodEvent {
-                    pod: reference(&pod.pod),
-                    reason,
-                    note,
-                }));
+                self.events.extend(std::mem::take(&mut pod.report).into_events(&pod.pod));
             }
         }
     }
 }
 
-impl Container {
-    /// Whether an operation is to be begun.
-    fn waits(&self) -> bool {
-        let settled = (self.wish == Wish::Keep && !self.adopt) || self.settled == Some(self.wish);
-        self.running.is_none() && !settled
-    }
-
-    /// Whatever it was brought to is to be looked at again. An operation that runs may have begun with what is no longer true,
-    /// so its result is not the end.
-    fn look_again(&mut self) {
-        self.settled = None;
-        self.retry = None;
-        self.again = self.running.is_some();
-    }
-
-    /// What takes a view out needs no lxcfs.
-    fn needs_lxcfs(&self) -> bool {
-        !matches!(self.wish, Wish::Nothing | Wish::Keep)
-    }
-
-    fn fail(&mut self, now: Instant) {
-        let attempt = self.retry.map_or(0, |(attempt, _)| attempt);
-        self.retry = Some((attempt + 1, now + backoff(RETRY, attempt)));
-        self.settled = None;
-    }
-}
-
-/// Notes a warning unless it was the last one told.
-fn warn(told: &mut Option<String>, warnings: &mut BTreeMap<String, String>, container: &str, why: String) {
-    if told.as_ref() != Some(&why) {
-        warnings.insert(container.to_owned(), why.clone());
-        *told = Some(why);
-    }
-}
-
-fn backoff((first, longest): (Duration, Duration), attempt: u32) -> Duration {
-    first.saturating_mul(1 << attempt.min(16)).min(longest)
-}
-
-fn reference(pod: &Pod) -> PodRef {
-    PodRef { uid: pod.uid.clone(), namespace: pod.namespace.clone(), name: pod.name.clone() }
-}
-
-impl Report {
-    fn steps(&mut self, container: &str, done: &[Step]) {
-        for step in done {
-            let kind = match step {
-                Step::Inject(_) => &mut self.injected,
-                Step::Remove(..) => &mut self.removed,
-                Step::Swap(..) | Step::Adopt(..) => &mut self.remounted,
-            };
-            kind.entry(container.to_owned()).or_default().insert(step.file());
-        }
-    }
-
-    /// At most one event of each reason.
-    fn events(self) -> Vec<(Reason, String)> {
-        let left_out = self.left_out.iter().map(|(c, files)| format!("left out in {c}: {}", files.join(", ")));
-        let left_out: String = left_out.map(|text| format!("; {text}")).collect();
-        let files = |what: &str, changed: &BTreeMap<String, FileSet>| {
-            let each = changed.iter().map(|(c, files)| format!("{c}: {files}"));
-            format!("{what} {}", each.collect::<Vec<_>>().join("; "))
-        };
-        let causes = |warnings: &BTreeMap<String, String>| {
-            warnings.iter().map(|(c, why)| format!("{c}: {why}")).collect::<Vec<_>>().join("; ")
-        };
-        let mut events = Vec::new();
-        if !self.injected.is_empty() {
-            events.push((Reason::LxcfsInjected, files("view put into", &self.injected) + &left_out));
-        }
-        if !self.remounted.is_empty() {
-            events.push((Reason::LxcfsRemounted, files("view made current in", &self.remounted)));
-        }
-        if !self.removed.is_empty() {
-            events.push((Reason::LxcfsRemoved, files("view taken out of", &self.removed)));
-        }
-        if !self.failed.is_empty() {
-            events.push((Reason::LxcfsInjectFailed, causes(&self.failed)));
-        }
-        if !self.unsupported.is_empty() {
-            events.push((Reason::LxcfsUnsupportedRuntime, causes(&self.unsupported)));
-        }
-        events
+impl PodState {
+    fn new(pod: Pod, seen_by_watch: bool) -> PodState {
+        PodState { invalid: Vec::new(), report: PodReport::default(), pod, seen_by_watch }
     }
 }
 

@@ -1,25 +1,28 @@
-//! The process that answers for an lxcfs mount, found in `/proc`.
+//! The process that serves an lxcfs mount, found in `/proc`.
 
 use std::{os::unix::fs::MetadataExt, path::Path};
 
 use super::Identity;
-use crate::{mount::Process, plan::Dev};
+use crate::sys::{mountinfo::Dev, process::Process};
 
-/// A process that holds /dev/fuse.
-struct Fuse {
+/// A process that has /dev/fuse open.
+struct FuseProcess {
     pid: i32,
     /// The minor number of its connection's mounts (`fuse_connection` in fdinfo, newer kernels).
     connection: Option<u32>,
 }
 
-impl Fuse {
-    /// Whether it is an lxcfs that was told to serve at this path, as it sees it.
+impl FuseProcess {
+    /// Whether it is an lxcfs whose arguments name this path.
     fn is_lxcfs_at(&self, path: &Path) -> bool {
         let process = procfs::process::Process::new(self.pid);
         process.and_then(|p| p.cmdline()).is_ok_and(|args| {
-            let (at, others): (Vec<_>, Vec<_>) = args.iter().map(Path::new).partition(|arg| *arg == path);
-            // Its program, or what a loader or wrapper was given as such.
-            let lxcfs = |arg: &&Path| arg.file_name().is_some_and(|name| name.to_string_lossy().starts_with("lxcfs"));
+            let (at, others): (Vec<_>, Vec<_>) =
+                args.iter().map(Path::new).partition(|arg| *arg == path);
+            // Its program, or the program that a loader or wrapper runs.
+            let lxcfs = |arg: &&Path| {
+                arg.file_name().is_some_and(|name| name.to_string_lossy().starts_with("lxcfs"))
+            };
             !at.is_empty() && others.iter().any(lxcfs)
         })
     }
@@ -31,7 +34,7 @@ impl Fuse {
     }
 }
 
-fn all() -> impl Iterator<Item = Fuse> {
+fn fuse_processes() -> impl Iterator<Item = FuseProcess> {
     procfs::process::all_processes().into_iter().flatten().flatten().filter_map(|process| {
         let fuse = |fd: &procfs::process::FDInfo| {
             matches!(&fd.target, procfs::process::FDTarget::Path(path) if path.ends_with("dev/fuse"))
@@ -39,24 +42,26 @@ fn all() -> impl Iterator<Item = Fuse> {
         let fd = process.fd().ok()?.flatten().find(fuse)?.fd;
         let info = std::fs::read_to_string(format!("/proc/{}/fdinfo/{fd}", process.pid)).unwrap_or_default();
         let connection = info.lines().find_map(|l| l.strip_prefix("fuse_connection:")?.trim().parse().ok());
-        Some(Fuse { pid: process.pid, connection })
+        Some(FuseProcess { pid: process.pid, connection })
     })
 }
 
-/// The process that serves a mount: the one with its connection, and on kernels that do not tell connections the lxcfs whose
-/// arguments name the path.
-pub(super) fn serving(identity: Identity, path: &Path) -> Option<Process> {
-    let serves = |fuse: &Fuse| match fuse.connection {
+/// The process that serves a mount: the one with its connection, and on kernels whose fdinfo names
+/// no connection the lxcfs whose arguments name the path.
+pub(super) fn serving_process(identity: Identity, path: &Path) -> Option<Process> {
+    let serves = |fuse: &FuseProcess| match fuse.connection {
         Some(minor) => identity.dev.major == 0 && minor == identity.dev.minor,
         None => fuse.is_lxcfs_at(path),
     };
-    Process::open(i64::from(all().find(serves)?.pid)).ok()
+    Process::open(i64::from(fuse_processes().find(serves)?.pid)).ok()
 }
 
-/// Every lxcfs that was started to serve at this path in our mount namespace, whether its mount is still there or not, and its
-/// device where the kernel tells. One of another mount namespace is somebody else's, though its path is called the same.
-pub(super) fn started_at(path: &Path) -> Vec<(Process, Option<Dev>)> {
-    let ours = all().filter(|fuse| fuse.in_our_mount_namespace() && fuse.is_lxcfs_at(path));
-    let dev = |fuse: &Fuse| fuse.connection.map(|minor| Dev { major: 0, minor });
+/// Every lxcfs of our mount namespace whose arguments name this path, even if its mount is
+/// detached, and its device where the kernel reports it. An lxcfs of another mount namespace serves
+/// another path of the same name.
+pub fn processes_serving(path: &Path) -> Vec<(Process, Option<Dev>)> {
+    let ours =
+        fuse_processes().filter(|fuse| fuse.in_our_mount_namespace() && fuse.is_lxcfs_at(path));
+    let dev = |fuse: &FuseProcess| fuse.connection.map(|minor| Dev { major: 0, minor });
     ours.filter_map(|fuse| Some((Process::open(i64::from(fuse.pid)).ok()?, dev(&fuse)))).collect()
 }

@@ -1,33 +1,31 @@
-//! The CRI client (runtime.v1 of k8s.io/cri-api): which containers run, their pids, and their pods' annotations.
+//! The CRI client (runtime.v1 of k8s.io/cri-api): containers, pod sandboxes, pids and events.
 
 use std::{
-    collections::HashMap,
     io,
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use hyper_util::rt::TokioIo;
 use k8s_cri::v1::{
-    ContainerEventResponse, ContainerEventType, ContainerFilter, ContainerState, ContainerStateValue,
-    ContainerStatusRequest, GetEventsRequest, ListContainersRequest, ListPodSandboxRequest, PodSandboxFilter,
-    PodSandboxState, PodSandboxStateValue, VersionRequest, runtime_service_client::RuntimeServiceClient,
+    Container, ContainerEventResponse, ContainerFilter, ContainerState, ContainerStateValue,
+    ContainerStatusRequest, GetEventsRequest, ListContainersRequest, ListPodSandboxRequest,
+    PodSandbox, PodSandboxFilter, PodSandboxState, PodSandboxStateValue, VersionRequest,
+    runtime_service_client::RuntimeServiceClient,
 };
-use tokio::{
-    net::UnixStream,
-    sync::{Mutex, mpsc},
-};
+use tokio::{net::UnixStream, sync::Mutex};
 use tonic::{
-    Code, Request, Status,
+    Code, Request, Status, Streaming,
     transport::{Channel, Endpoint, Uri},
 };
 
-use super::{ContainerId, Error as RuntimeError, sandboxed};
-use crate::pods::{self, Started, Trigger, Update};
+use super::{Error as RuntimeError, guest_kernel};
+use crate::model::container_id::ContainerId;
 
-/// Where runtimes listen, in the order they are tried: containerd (its own, k3s's), CRI-O, cri-dockerd, iSulad.
+/// The usual sockets, in the order they are tried: containerd (its own, k3s's), CRI-O, cri-dockerd,
+/// iSulad.
 const DEFAULT_ENDPOINTS: [&str; 5] = [
     "/run/containerd/containerd.sock",
     "/run/k3s/containerd/containerd.sock",
@@ -36,16 +34,14 @@ const DEFAULT_ENDPOINTS: [&str; 5] = [
     "/var/run/isulad.sock",
 ];
 
-/// Each call is answered within this time or counts as not answered.
+/// The deadline of each call.
 const TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The first and the longest wait before the runtime's events are asked for again.
-const EVENTS_RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
+/// The limit of a message, the same as the kubelet's: verbose statuses carry whole OCI specs, and
+/// lists all containers of a node.
+const MAX_MESSAGE_BYTES: usize = 16 << 20;
 
-/// As the kubelet's: verbose states carry whole OCI specs, and lists all containers of a node.
-const MOST_BYTES: usize = 16 << 20;
-
-/// A socket where a runtime may listen.
+/// The socket of a runtime.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CriEndpoint(PathBuf);
 
@@ -57,24 +53,26 @@ impl std::str::FromStr for CriEndpoint {
         if path.starts_with('/') {
             Ok(CriEndpoint(path.into()))
         } else {
-            Err("expected is unix:// and an absolute path, as in unix:///run/containerd/containerd.sock".into())
+            Err("expected unix:// and an absolute path, as in unix:///run/containerd/containerd.sock".into())
         }
     }
 }
 
-/// Why the runtime gave no answer.
+/// Why a call failed.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
-    #[error("no CRI runtime answers at {}; name its socket with --cri-endpoint", DEFAULT_ENDPOINTS.join(", "))]
-    NoneFound,
-    #[error("CRI endpoint {0}: no such file; is the runtime running? --cri-endpoint names its socket")]
+    #[error("no CRI runtime responds at {}; set --cri-endpoint to its socket", DEFAULT_ENDPOINTS.join(", "))]
+    NoEndpoint,
+    #[error(
+        "CRI endpoint {0}: no such file; start the runtime, or set --cri-endpoint to its socket"
+    )]
     Missing(PathBuf),
-    #[error("CRI endpoint {0}: it is no socket; name the runtime's socket with --cri-endpoint")]
-    NoSocket(PathBuf),
-    #[error("CRI endpoint {path}: cannot connect: {cause}; is the runtime running?")]
+    #[error("CRI endpoint {0}: not a socket; set --cri-endpoint to the runtime's socket")]
+    NotASocket(PathBuf),
+    #[error("CRI endpoint {path}: failed to connect: {cause}; is the runtime running?")]
     Connect { path: PathBuf, cause: Arc<io::Error> },
     #[error(
-        "CRI endpoint {path}: what listens there does not speak CRI v1 ({cause}); name the runtime's socket with --cri-endpoint"
+        "CRI endpoint {path}: the server does not speak CRI v1 ({cause}); set --cri-endpoint to the runtime's socket"
     )]
     NotCri { path: PathBuf, cause: String },
     #[error("CRI endpoint {path}: {call} failed: {cause}")]
@@ -90,62 +88,74 @@ pub struct Version {
 }
 
 #[derive(Clone, Debug)]
-struct Connected {
+struct Connection {
     path: PathBuf,
     client: RuntimeServiceClient<Channel>,
 }
 
-/// A client that connects when first asked and again after the runtime was away.
+/// A client that connects on its first call, and reconnects when the runtime has restarted.
 #[derive(Clone, Debug)]
-pub struct Cri {
+pub struct CriClient {
     endpoint: Option<CriEndpoint>,
-    connected: Arc<Mutex<Option<Connected>>>,
+    connection: Arc<Mutex<Option<Connection>>>,
 }
 
-impl Cri {
-    /// Without an endpoint, the first default one that answers is used.
-    pub fn new(endpoint: Option<CriEndpoint>) -> Cri {
-        Cri { endpoint, connected: Arc::default() }
+impl CriClient {
+    /// Without an endpoint, the first of the usual sockets that responds is used.
+    pub fn new(endpoint: Option<CriEndpoint>) -> CriClient {
+        CriClient { endpoint, connection: Arc::default() }
     }
 
     /// # Errors
     /// See [`Error`].
     pub async fn version(&self) -> Result<Version, Error> {
-        let Connected { path, mut client } = self.connect().await?;
-        let answer = client.version(timed(VersionRequest::default())).await;
-        let answer = answer.map_err(|status| self.failed(&path, "Version", &status))?.into_inner();
-        Ok(Version { endpoint: path, name: answer.runtime_name, version: answer.runtime_version })
+        let Connection { path, mut client } = self.connect().await?;
+        let response = client.version(with_timeout(VersionRequest::default())).await;
+        let response =
+            response.map_err(|status| call_error(&path, "Version", &status))?.into_inner();
+        Ok(Version {
+            endpoint: path,
+            name: response.runtime_name,
+            version: response.runtime_version,
+        })
     }
 
     /// The pid of a running container, from `ContainerStatus` with `verbose`.
     ///
     /// # Errors
-    /// [`RuntimeError::NotRunning`], [`RuntimeError::Sandboxed`], or that the runtime did not answer.
+    /// [`RuntimeError::NotRunning`], [`RuntimeError::GuestKernel`], or that the call failed.
     pub async fn pid(&self, id: &ContainerId) -> Result<i64, RuntimeError> {
-        let Connected { path, mut client } = self.connect().await?;
+        let Connection { path, mut client } = self.connect().await?;
         let request = ContainerStatusRequest { container_id: id.to_string(), verbose: true };
-        let answer = match client.container_status(timed(request)).await {
-            Ok(answer) => answer.into_inner(),
-            Err(status) if status.code() == Code::NotFound => return Err(RuntimeError::NotRunning(id.clone())),
-            Err(status) => return Err(self.failed(&path, "ContainerStatus", &status).into()),
+        let response = match client.container_status(with_timeout(request)).await {
+            Ok(response) => response.into_inner(),
+            Err(status) if status.code() == Code::NotFound => {
+                return Err(RuntimeError::NotRunning(id.clone()));
+            }
+            Err(status) => return Err(call_error(&path, "ContainerStatus", &status).into()),
         };
-        if answer.status.is_some_and(|s| s.state != ContainerState::ContainerRunning as i32) {
+        if response.status.is_some_and(|s| s.state != ContainerState::ContainerRunning as i32) {
             return Err(RuntimeError::NotRunning(id.clone()));
         }
-        let no_pid = |cause: &str| Error::Call { path: path.clone(), call: "ContainerStatus", cause: cause.to_owned() };
-        // containerd, CRI-O and iSulad put what they know into one JSON text under "info"; cri-dockerd has no pid there.
-        let info = answer.info.get("info").map_or("{}", String::as_str);
-        let info: serde_json::Value =
-            serde_json::from_str(info).map_err(|e| no_pid(&format!("its info is no JSON: {e}")))?;
+        let no_pid = |cause: &str| Error::Call {
+            path: path.clone(),
+            call: "ContainerStatus",
+            cause: cause.to_owned(),
+        };
+        // containerd, CRI-O and iSulad write their details as one JSON text under "info";
+        // cri-dockerd has no pid in it.
+        let info = response.info.get("info").map_or("{}", String::as_str);
+        let info: serde_json::Value = serde_json::from_str(info)
+            .map_err(|e| no_pid(&format!("its info is not JSON: {e}")))?;
         for key in ["runtimeType", "runtimeHandler"] {
-            if let Some(kind) = info.get(key).and_then(|v| v.as_str()).and_then(sandboxed) {
-                return Err(RuntimeError::Sandboxed { id: id.clone(), kind: kind.to_owned() });
+            if let Some(kind) = info.get(key).and_then(|v| v.as_str()).and_then(guest_kernel) {
+                return Err(RuntimeError::GuestKernel { id: id.clone(), kind: kind.to_owned() });
             }
         }
         match info.get("pid").and_then(serde_json::Value::as_i64) {
             Some(pid) if pid > 0 => Ok(pid),
             Some(_) => Err(RuntimeError::NotRunning(id.clone())),
-            None => Err(no_pid("its info names no pid; use --pid-from proc").into()),
+            None => Err(no_pid("its info has no pid; use --pid-from proc").into()),
         }
     }
 
@@ -154,138 +164,81 @@ impl Cri {
     /// # Errors
     /// See [`Error`].
     pub async fn running(&self) -> Result<Vec<ContainerId>, Error> {
-        let containers = self.containers().await?;
-        // An id that is none cannot be asked for either.
+        let containers = self.list_running().await?;
+        // A container with an invalid id cannot be named in a call either.
         Ok(containers.iter().filter_map(|c| ContainerId::new(&c.id).ok()).collect())
     }
 
-    /// The pods of all ready sandboxes with their running containers.
+    /// The running containers.
     ///
     /// # Errors
     /// See [`Error`].
-    pub async fn pods(&self) -> Result<Vec<pods::Pod>, Error> {
-        let sandboxes = self.sandboxes().await?;
-        let mut containers: HashMap<String, Vec<pods::Container>> = HashMap::new();
-        for container in self.containers().await? {
-            let Ok(id) = ContainerId::new(&container.id) else { continue };
-            let name = container.metadata.map(|m| m.name).unwrap_or_default();
-            containers.entry(container.pod_sandbox_id).or_default().push(pods::Container { name, id: Some(id) });
-        }
-        let with_containers = |(id, pod): (String, pods::Pod)| pods::Pod {
-            containers: containers.remove(&id).unwrap_or_default(),
-            ..pod
-        };
-        Ok(sandboxes.into_iter().map(with_containers).collect())
+    pub async fn list_running(&self) -> Result<Vec<Container>, Error> {
+        let running = ContainerStateValue { state: ContainerState::ContainerRunning as i32 };
+        self.list_containers(ContainerFilter { state: Some(running), ..ContainerFilter::default() })
+            .await
     }
 
-    /// Tells of starts and ends of containers as the runtime does (`GetContainerEvents`), until the receiver is gone. A runtime
-    /// that has no events, as containerd before 1.7, is asked once.
-    pub async fn tell_events(self, updates: mpsc::Sender<Update>) {
-        let mut wait = EVENTS_RETRY.0;
-        while !updates.is_closed() {
-            let begun = Instant::now();
-            match self.events(&updates).await {
-                // CRI-O without evented PLEG ends every stream at once.
-                Ok(true) => {}
-                Ok(false) => {
-                    tracing::debug!("the runtime has no container events");
-                    return updates.closed().await;
-                }
-                // Whoever needs the runtime tells that it is away.
-                Err(e) => tracing::debug!("no events: {e}"),
-            }
-            wait = if begun.elapsed() > EVENTS_RETRY.1 { EVENTS_RETRY.0 } else { (wait * 2).min(EVENTS_RETRY.1) };
-            tokio::time::sleep(wait).await;
-        }
+    /// The containers that are created or running.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn list_created_or_running(&self) -> Result<Vec<Container>, Error> {
+        let states =
+            [ContainerState::ContainerCreated as i32, ContainerState::ContainerRunning as i32];
+        let mut containers = self.list_containers(ContainerFilter::default()).await?;
+        containers.retain(|c| states.contains(&c.state));
+        Ok(containers)
     }
 
-    /// Whether there were any; the end of the stream is no error.
-    async fn events(&self, updates: &mpsc::Sender<Update>) -> Result<bool, Error> {
-        let Connected { path, mut client } = self.connect().await?;
-        let failed = |status: &Status| self.failed(&path, "GetContainerEvents", status);
-        // The stream begins with its first message, and has no end in time: this is no timed request.
-        let asked = client.get_container_events(GetEventsRequest {});
-        let missed = async {
-            // What started while nobody listened. Asked for beside the stream, so that nothing falls between the two.
-            tokio::time::sleep(EVENTS_RETRY.0).await;
-            let asked = Instant::now();
-            match self.known().await {
-                Ok(running) => drop(updates.send(Update::Running { running, by: Trigger::Cri, asked }).await),
-                Err(e) => tracing::debug!("what runs cannot be listed: {e}"),
-            }
-        };
-        let told = async {
-            let mut stream = match asked.await {
-                Ok(stream) => stream.into_inner(),
-                Err(status) if status.code() == Code::Unimplemented => return Ok(false),
-                Err(status) => return Err(failed(&status)),
-            };
-            loop {
-                match stream.message().await {
-                    Ok(Some(event)) => {
-                        if let Some(update) = update(event)
-                            && updates.send(update).await.is_err()
-                        {
-                            return Ok(true);
-                        }
-                    }
-                    Ok(None) => return Ok(true),
-                    Err(status) if status.code() == Code::Unimplemented => return Ok(false),
-                    Err(status) => return Err(failed(&status)),
-                }
-            }
-        };
-        tokio::pin!(told, missed);
-        tokio::select! {
-            ended = &mut told => return ended,
-            () = &mut missed => {}
-        }
-        told.await
-    }
-
-    /// The containers that are created or running, each with its pod.
-    async fn known(&self) -> Result<Vec<Started>, Error> {
-        let pods: HashMap<String, pods::Pod> = self.sandboxes().await?.into_iter().collect();
-        let (created, running) = (ContainerState::ContainerCreated as i32, ContainerState::ContainerRunning as i32);
-        let known = self.list_containers(ContainerFilter::default()).await?.into_iter();
-        let started = |container: k8s_cri::v1::Container| {
-            let pod = pods.get(&container.pod_sandbox_id)?.clone();
-            let id = ContainerId::new(&container.id).ok()?;
-            Some(Started { pod, name: container.metadata.unwrap_or_default().name, id, pid: None })
-        };
-        Ok(known.filter(|c| c.state == created || c.state == running).filter_map(started).collect())
-    }
-
-    /// The pods of all ready sandboxes by sandbox id, without their containers.
-    async fn sandboxes(&self) -> Result<Vec<(String, pods::Pod)>, Error> {
-        let Connected { path, mut client } = self.connect().await?;
+    /// The pod sandboxes that are ready.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn list_ready_sandboxes(&self) -> Result<Vec<PodSandbox>, Error> {
+        let Connection { path, mut client } = self.connect().await?;
         let ready = PodSandboxStateValue { state: PodSandboxState::SandboxReady as i32 };
         let filter = PodSandboxFilter { state: Some(ready), ..PodSandboxFilter::default() };
-        let sandboxes = client.list_pod_sandbox(timed(ListPodSandboxRequest { filter: Some(filter) })).await;
-        let sandboxes = sandboxes.map_err(|status| self.failed(&path, "ListPodSandbox", &status))?.into_inner().items;
-        Ok(sandboxes.into_iter().map(|s| (s.id, pod(s.metadata.unwrap_or_default(), &s.annotations))).collect())
+        let request = ListPodSandboxRequest { filter: Some(filter) };
+        let sandboxes = client.list_pod_sandbox(with_timeout(request)).await;
+        Ok(sandboxes
+            .map_err(|status| call_error(&path, "ListPodSandbox", &status))?
+            .into_inner()
+            .items)
     }
 
-    async fn containers(&self) -> Result<Vec<k8s_cri::v1::Container>, Error> {
-        let running = ContainerStateValue { state: ContainerState::ContainerRunning as i32 };
-        self.list_containers(ContainerFilter { state: Some(running), ..ContainerFilter::default() }).await
+    /// The runtime's container events (`GetContainerEvents`). The stream opens with its first
+    /// message.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn events(&self) -> Result<EventStream, Error> {
+        let Connection { path, mut client } = self.connect().await?;
+        // Not awaited here, and without a deadline: a node may have no event for hours.
+        let opening =
+            async move { Ok(client.get_container_events(GetEventsRequest {}).await?.into_inner()) };
+        Ok(EventStream { path, state: StreamState::Opening(Box::pin(opening)) })
     }
 
-    async fn list_containers(&self, filter: ContainerFilter) -> Result<Vec<k8s_cri::v1::Container>, Error> {
-        let Connected { path, mut client } = self.connect().await?;
-        let answer = client.list_containers(timed(ListContainersRequest { filter: Some(filter) })).await;
-        Ok(answer.map_err(|status| self.failed(&path, "ListContainers", &status))?.into_inner().containers)
+    async fn list_containers(&self, filter: ContainerFilter) -> Result<Vec<Container>, Error> {
+        let Connection { path, mut client } = self.connect().await?;
+        let request = ListContainersRequest { filter: Some(filter) };
+        let response = client.list_containers(with_timeout(request)).await;
+        Ok(response
+            .map_err(|status| call_error(&path, "ListContainers", &status))?
+            .into_inner()
+            .containers)
     }
 
-    async fn connect(&self) -> Result<Connected, Error> {
-        let mut connected = self.connected.lock().await;
-        if let Some(connected) = &*connected {
-            return Ok(connected.clone());
+    async fn connect(&self) -> Result<Connection, Error> {
+        let mut connection = self.connection.lock().await;
+        if let Some(connection) = &*connection {
+            return Ok(connection.clone());
         }
         let found = match &self.endpoint {
             Some(CriEndpoint(path)) => connect(path).await?,
             None => {
-                let mut tried = Err(Error::NoneFound);
+                let mut tried = Err(Error::NoEndpoint);
                 for path in DEFAULT_ENDPOINTS.map(Path::new) {
                     match connect(path).await {
                         Ok(found) => {
@@ -293,59 +246,82 @@ impl Cri {
                             break;
                         }
                         Err(Error::Missing(_)) => {}
-                        // A socket that is there says more than that none is.
+                        // The error of a socket that exists is more useful than that there is none.
                         Err(e) => tried = tried.or(Err(e)),
                     }
                 }
                 tried?
             }
         };
-        Ok(connected.insert(found).clone())
-    }
-
-    fn failed(&self, path: &Path, call: &'static str, status: &Status) -> Error {
-        Error::Call { path: path.to_owned(), call, cause: told(status) }
+        Ok(connection.insert(found).clone())
     }
 }
 
-/// A pod as its sandbox knows it, without its containers.
-fn pod(metadata: k8s_cri::v1::PodSandboxMetadata, annotations: &HashMap<String, String>) -> pods::Pod {
-    pods::Pod {
-        uid: metadata.uid,
-        namespace: metadata.namespace,
-        name: metadata.name,
-        annotations: crate::policy::Annotations::from_map(annotations),
-        containers: Vec::new(),
+/// The next of a stream of events.
+#[derive(Debug)]
+pub enum NextEvent {
+    Event(Box<ContainerEventResponse>),
+    /// The runtime closed the stream.
+    Closed,
+    /// The runtime has no events, as containerd before 1.7.
+    Unsupported,
+}
+
+/// A stream of container events.
+pub struct EventStream {
+    path: PathBuf,
+    state: StreamState,
+}
+
+enum StreamState {
+    Opening(futures::future::BoxFuture<'static, Result<Streaming<ContainerEventResponse>, Status>>),
+    Open(Box<Streaming<ContainerEventResponse>>),
+}
+
+impl std::fmt::Debug for EventStream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("EventStream").field("path", &self.path).finish_non_exhaustive()
     }
 }
 
-/// What an event tells us; sandboxes have events too, without a container's status.
-fn update(event: ContainerEventResponse) -> Option<Update> {
-    let id = ContainerId::new(&event.container_id).ok()?;
-    let kind = event.container_event_type();
-    if let ContainerEventType::ContainerStoppedEvent | ContainerEventType::ContainerDeletedEvent = kind {
-        return Some(Update::Ended(id));
+impl EventStream {
+    /// Waits for the next event. Cancel safe.
+    ///
+    /// # Errors
+    /// When the stream breaks.
+    pub async fn next(&mut self) -> Result<NextEvent, Error> {
+        let event = loop {
+            match &mut self.state {
+                StreamState::Open(stream) => break stream.message().await,
+                StreamState::Opening(opening) => match opening.await {
+                    Ok(stream) => self.state = StreamState::Open(Box::new(stream)),
+                    Err(status) => break Err(status),
+                },
+            }
+        };
+        match event {
+            Ok(Some(event)) => Ok(NextEvent::Event(Box::new(event))),
+            Ok(None) => Ok(NextEvent::Closed),
+            Err(status) if status.code() == Code::Unimplemented => Ok(NextEvent::Unsupported),
+            Err(status) => Err(call_error(&self.path, "GetContainerEvents", &status)),
+        }
     }
-    let status = event.containers_statuses.into_iter().find(|status| status.id == event.container_id)?;
-    let sandbox = event.pod_sandbox_status?;
-    // An old one may come late: a runtime keeps those that nobody has taken.
-    if kind != ContainerEventType::ContainerStartedEvent || status.state != ContainerState::ContainerRunning as i32 {
-        return None;
-    }
-    let name = status.metadata?.name;
-    let pod = pod(sandbox.metadata?, &sandbox.annotations);
-    Some(Update::Started(Started { pod, name, id, pid: None }, Trigger::Cri))
 }
 
-/// Connects and asks for the version, so that what is connected is a CRI runtime. The channel reconnects by itself later.
-async fn connect(path: &Path) -> Result<Connected, Error> {
+/// Connects and requests the version, which shows that the server is a CRI runtime. The channel
+/// reconnects by itself later.
+async fn connect(path: &Path) -> Result<Connection, Error> {
     match std::fs::metadata(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(Error::Missing(path.to_owned())),
-        Ok(file) if !file.file_type().is_socket() => return Err(Error::NoSocket(path.to_owned())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            return Err(Error::Missing(path.to_owned()));
+        }
+        Ok(file) if !file.file_type().is_socket() => {
+            return Err(Error::NotASocket(path.to_owned()));
+        }
         _ => {}
     }
     let refused = |cause| Error::Connect { path: path.to_owned(), cause: Arc::new(cause) };
-    // Once by hand: the channel would hide why.
+    // A plain connection first, because the channel hides the cause of a failure.
     drop(UnixStream::connect(path).await.map_err(refused)?);
     let socket = path.to_owned();
     let dial = move |_: Uri| {
@@ -353,31 +329,37 @@ async fn connect(path: &Path) -> Result<Connected, Error> {
         async move { UnixStream::connect(socket).await.map(TokioIo::new) }
     };
     // The authority is never resolved: the connector dials the socket.
-    let channel = Endpoint::from_static("http://localhost").connect_with_connector_lazy(tower::service_fn(dial));
-    let mut client = RuntimeServiceClient::new(channel).max_decoding_message_size(MOST_BYTES);
-    match client.version(timed(VersionRequest::default())).await {
-        Ok(_) => Ok(Connected { path: path.to_owned(), client }),
-        Err(status) => Err(Error::NotCri { path: path.to_owned(), cause: told(&status) }),
+    let channel = Endpoint::from_static("http://localhost")
+        .connect_with_connector_lazy(tower::service_fn(dial));
+    let mut client =
+        RuntimeServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE_BYTES);
+    match client.version(with_timeout(VersionRequest::default())).await {
+        Ok(_) => Ok(Connection { path: path.to_owned(), client }),
+        Err(status) => Err(Error::NotCri { path: path.to_owned(), cause: describe(&status) }),
     }
 }
 
-fn timed<T>(message: T) -> Request<T> {
+fn with_timeout<T>(message: T) -> Request<T> {
     let mut request = Request::new(message);
     request.set_timeout(TIMEOUT);
     request
 }
 
-/// A status in one line, with the cause that tonic hides behind «transport error».
-fn told(status: &Status) -> String {
-    let mut told = match status.code() {
-        Code::Cancelled | Code::DeadlineExceeded => return format!("no answer within {TIMEOUT:?}"),
-        Code::Unimplemented => return "it does not know CRI v1".to_owned(),
+fn call_error(path: &Path, call: &'static str, status: &Status) -> Error {
+    Error::Call { path: path.to_owned(), call, cause: describe(status) }
+}
+
+/// Describes a status in one line, with the cause that tonic hides behind "transport error".
+fn describe(status: &Status) -> String {
+    let mut text = match status.code() {
+        Code::Cancelled | Code::DeadlineExceeded => return format!("timed out after {TIMEOUT:?}"),
+        Code::Unimplemented => return "it does not implement CRI v1".to_owned(),
         _ => status.message().to_owned(),
     };
     let mut cause = std::error::Error::source(status);
     while let Some(e) = cause {
-        told = format!("{told}: {e}");
+        text = format!("{text}: {e}");
         cause = e.source();
     }
-    told.replace('\n', " ")
+    text.replace('\n', " ")
 }

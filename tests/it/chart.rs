@@ -1,5 +1,5 @@
-//! The chart: helm's own lint, every value switched and the result validated by a real API server, bad values refused, the values
-//! documented, and the rendered manifests up to date.
+//! The chart: helm's own lint, every value switched and the result validated by a real API server,
+//! bad values refused, the values documented, and the rendered manifests up to date.
 
 use std::{fs, path::PathBuf, process::Output};
 
@@ -18,8 +18,19 @@ fn helm(args: &[&str]) -> Output {
 
 fn template(more: &[&str]) -> Output {
     helm(
-        &[&["template", "x", "charts/kube-lxcfs", "--namespace", "kube-system", "--kube-version", "1.25.0"], more]
-            .concat(),
+        &[
+            &[
+                "template",
+                "x",
+                "charts/kube-lxcfs",
+                "--namespace",
+                "kube-system",
+                "--kube-version",
+                "1.25.0",
+            ],
+            more,
+        ]
+        .concat(),
     )
 }
 
@@ -67,11 +78,19 @@ fn every_value_switched_renders_what_an_api_server_accepts() {
         let rendered = stdout(&rendered);
         assert_ne!(rendered, plain, "{switched} changes nothing");
         // The Prometheus operator's own kinds are not known here.
-        let known: Vec<&str> =
-            rendered.split("\n---\n").filter(|one| !one.contains("apiVersion: monitoring.coreos.com")).collect();
+        let known: Vec<&str> = rendered
+            .split("\n---\n")
+            .filter(|one| !one.contains("apiVersion: monitoring.coreos.com"))
+            .collect();
         let file = dir.path().join("rendered.yaml");
         fs::write(&file, known.join("\n---\n")).unwrap();
-        cluster.kubectl(&["apply", "--dry-run=server", "--validate=true", "-f", file.to_str().unwrap()]);
+        cluster.kubectl(&[
+            "apply",
+            "--dry-run=server",
+            "--validate=true",
+            "-f",
+            file.to_str().unwrap(),
+        ]);
     }
     for example in fs::read_dir(here("manifests/examples")).unwrap() {
         cluster.kubectl(&[
@@ -96,7 +115,11 @@ fn unknown_and_malformed_values_are_refused_by_name() {
         ("agent.tolerations[0].operator=Some", "operator"),
     ] {
         let refused = template(&["--set", bad]);
-        assert!(!refused.status.success() && stderr(&refused).contains(told), "{bad}: {}", stderr(&refused));
+        assert!(
+            !refused.status.success() && stderr(&refused).contains(told),
+            "{bad}: {}",
+            stderr(&refused)
+        );
     }
 }
 
@@ -107,7 +130,8 @@ fn every_value_is_switched_by_a_test_and_in_the_charts_readme() {
     let mut path: Vec<&str> = Vec::new();
     let mut count = 0;
     for line in values.lines() {
-        let Some((key, value)) = line.split_once(':').filter(|(key, _)| key.trim().chars().all(char::is_alphanumeric))
+        let Some((key, value)) =
+            line.split_once(':').filter(|(key, _)| key.trim().chars().all(char::is_alphanumeric))
         else {
             continue;
         };
@@ -117,11 +141,17 @@ fn every_value_is_switched_by_a_test_and_in_the_charts_readme() {
             count += 1;
             let switched = path.join(".");
             let switches = |set: &str| {
-                set.split(',')
-                    .any(|one| one.strip_prefix(&*switched).is_some_and(|rest| rest.starts_with(['=', '.', '['])))
+                set.split(',').any(|one| {
+                    one.strip_prefix(&*switched)
+                        .is_some_and(|rest| rest.starts_with(['=', '.', '[']))
+                })
             };
             assert!(SWITCHED.into_iter().any(switches), "{switched} is switched by no test");
-            assert!(readme.contains(&format!("| `{}` |", path.join("."))), "{} is not explained", path.join("."));
+            assert!(
+                readme.contains(&format!("| `{}` |", path.join("."))),
+                "{} is not explained",
+                path.join(".")
+            );
         }
     }
     assert!(count > 60, "{count}");
@@ -129,6 +159,7 @@ fn every_value_is_switched_by_a_test_and_in_the_charts_readme() {
 
 #[test]
 fn the_rendered_manifests_are_up_to_date() {
-    let checked = std::process::Command::new(here("hack/manifests.sh")).arg("--check").output().unwrap();
+    let checked =
+        std::process::Command::new(here("hack/manifests.sh")).arg("--check").output().unwrap();
     assert!(checked.status.success(), "{}", stderr(&checked));
 }

@@ -1,4 +1,5 @@
-//! A real etcd and kube-apiserver on loopback, with RBAC, and the agent's own user with the rules of the chart.
+//! A real etcd and kube-apiserver on loopback, with RBAC, and the agent's own user with the rules
+//! of the chart.
 
 use std::{
     fs,
@@ -59,23 +60,43 @@ impl Cluster {
     pub(crate) fn start() -> Cluster {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
-        fs::write(at("tokens"), format!("{ADMIN},admin,1,system:masters\n{AGENT},kube-lxcfs,2\n")).unwrap();
-        let keyed = program("openssl").args(["genrsa", "-out"]).arg(at("sa.key")).arg("2048").output().unwrap();
+        fs::write(at("tokens"), format!("{ADMIN},admin,1,system:masters\n{AGENT},kube-lxcfs,2\n"))
+            .unwrap();
+        let keyed = program("openssl")
+            .args(["genrsa", "-out"])
+            .arg(at("sa.key"))
+            .arg("2048")
+            .output()
+            .unwrap();
         assert!(keyed.status.success(), "{}", stderr(&keyed));
         let (port, etcd_port, peer_port) = (free_port(), free_port(), free_port());
         let url = |port: u16| format!("http://127.0.0.1:{port}");
         let mut etcd = either("etcd");
-        etcd.arg("--data-dir").arg(at("etcd")).args(["--unsafe-no-fsync", "--listen-client-urls", &url(etcd_port)]);
-        etcd.args(["--advertise-client-urls", &url(etcd_port), "--listen-peer-urls", &url(peer_port)]);
+        etcd.arg("--data-dir").arg(at("etcd")).args([
+            "--unsafe-no-fsync",
+            "--listen-client-urls",
+            &url(etcd_port),
+        ]);
+        etcd.args([
+            "--advertise-client-urls",
+            &url(etcd_port),
+            "--listen-peer-urls",
+            &url(peer_port),
+        ]);
         etcd.args([
             "--initial-advertise-peer-urls",
             &url(peer_port),
             "--initial-cluster",
             &format!("default={}", url(peer_port)),
         ]);
-        // etcd before 3.5 has the flag under another name or not at all; a test's data may be lost anyway.
+        // etcd before 3.5 has the flag under another name or not at all; a test's data may be lost
+        // anyway.
         let help = either("etcd").arg("--help").output().unwrap();
-        let mut etcd = if stdout(&help).contains("unsafe-no-fsync") { etcd } else { without_fsync_flag(&etcd) };
+        let mut etcd = if stdout(&help).contains("unsafe-no-fsync") {
+            etcd
+        } else {
+            without_fsync_flag(&etcd)
+        };
         let etcd = Running::start(&mut etcd, &at("etcd.log"));
         let mut cluster = Cluster { port, etcd_port, apiserver: None, _etcd: etcd, dir };
         cluster.up();
@@ -159,8 +180,12 @@ impl Cluster {
     /// A client for the administrator.
     pub(crate) async fn client(&self) -> Client {
         let kubeconfig = Kubeconfig::read_from(self.kubeconfig("admin")).unwrap();
-        Client::try_from(Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await.unwrap())
-            .unwrap()
+        Client::try_from(
+            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+                .await
+                .unwrap(),
+        )
+        .unwrap()
     }
 }
 
@@ -200,8 +225,14 @@ impl Pods {
         let status = json!({"status": {"phase": "Running", "containerStatuses": [{"name": "app", "image": "x", "imageID": "",
             "containerID": format!("containerd://{id}"), "ready": true, "restartCount": 0, "state": {"running": {}}}]}});
         self.runtime.block_on(async {
-            self.api.create(&PostParams::default(), &serde_json::from_value(pod).unwrap()).await.unwrap();
-            self.api.patch_status(name, &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
+            self.api
+                .create(&PostParams::default(), &serde_json::from_value(pod).unwrap())
+                .await
+                .unwrap();
+            self.api
+                .patch_status(name, &PatchParams::default(), &Patch::Merge(status))
+                .await
+                .unwrap();
         });
     }
 

@@ -117,26 +117,42 @@ fn without_privileges_it_says_so() {
     fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let binary = dir.path().join("kube-lxcfs");
     fs::copy(env!("CARGO_BIN_EXE_kube-lxcfs"), &binary).unwrap();
-    for args in [&["mount", "--pid", "1"][..], &["umount", "--all"], &["status"], &["agent", "--pods-from", "cri"]] {
+    for args in [
+        &["mount", "--pid", "1"][..],
+        &["umount", "--all"],
+        &["status"],
+        &["agent", "--pods-from", "cri"],
+    ] {
         let mut setpriv = program("setpriv");
-        setpriv.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]).arg(&binary).args(args);
+        setpriv
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"])
+            .arg(&binary)
+            .args(args);
         let error = error_line(&setpriv.output().unwrap());
-        assert!(error.contains("CAP_SYS_ADMIN is missing") && error.contains("run it as root"), "{error}");
+        assert!(
+            error.contains("CAP_SYS_ADMIN is missing") && error.contains("run it as root"),
+            "{error}"
+        );
     }
     let mut check = program("setpriv");
-    check.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]).arg(&binary).arg("check");
+    check
+        .args(["--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"])
+        .arg(&binary)
+        .arg("check");
     let output = check.output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(stdout(&output).contains("fail  capabilities"), "{}", stdout(&output));
 }
 
-/// Runs the binary where a seccomp filter answers these calls with this error, as a kernel without them does.
+/// Runs the binary where a seccomp filter answers these calls with this error, as a kernel without
+/// them does.
 fn run_without(calls: &[i64], errno: i32, args: &'static [&'static str]) -> std::process::Output {
     use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
     let rules = calls.iter().map(|call| (*call, vec![])).collect();
     let refuse = SeccompAction::Errno(errno.cast_unsigned());
     let arch: TargetArch = std::env::consts::ARCH.try_into().unwrap();
-    let filter: BpfProgram = SeccompFilter::new(rules, SeccompAction::Allow, refuse, arch).unwrap().try_into().unwrap();
+    let filter: BpfProgram =
+        SeccompFilter::new(rules, SeccompAction::Allow, refuse, arch).unwrap().try_into().unwrap();
     // A filter binds the thread that sets it, and what it starts.
     let filtered = thread::spawn(move || {
         seccompiler::apply_filter(&filter).unwrap();
@@ -168,9 +184,16 @@ fn a_kernel_without_the_calls_is_told_by_their_names() {
 fn the_agent_says_what_it_lacks() {
     let error = fails(&["agent"]);
     assert!(error.contains("give --node-name or set NODE_NAME"), "{error}");
-    let output = kube_lxcfs().args(["agent", "--node-name", "n"]).env("HOME", "/nonexistent").output().unwrap();
+    let output = kube_lxcfs()
+        .args(["agent", "--node-name", "n"])
+        .env("HOME", "/nonexistent")
+        .output()
+        .unwrap();
     let error = error_line(&output);
-    assert!(error.contains("no API server is known") && error.contains("--pods-from cri"), "{error}");
+    assert!(
+        error.contains("no API server is known") && error.contains("--pods-from cri"),
+        "{error}"
+    );
 }
 
 #[test]

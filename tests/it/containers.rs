@@ -33,11 +33,22 @@ fn pods_that_opt_in_see_their_own_values_and_others_are_left_alone() {
     let untouched = [&none.containers["a"], &one.containers["a"], &wrong.containers["a"]];
     let before = untouched.map(|id| table(id));
 
-    let args = ["--pods-from", "cri", "--lxcfs-path", lxcfs.path(), "--cri-endpoint", &containerd.endpoint()];
+    let args = [
+        "--pods-from",
+        "cri",
+        "--lxcfs-path",
+        lxcfs.path(),
+        "--cri-endpoint",
+        &containerd.endpoint(),
+    ];
     let agent = agent(containerd.dir.path(), &args, &[]);
     for id in all.containers.values().chain([&one.containers["b"]]) {
         eventually_true("the view is there", || views(&table(id)).len() >= ALWAYS.len());
-        assert!(ALWAYS.iter().all(|file| views(&table(id)).contains(&(*file).to_owned())), "{:?}", views(&table(id)));
+        assert!(
+            ALWAYS.iter().all(|file| views(&table(id)).contains(&(*file).to_owned())),
+            "{:?}",
+            views(&table(id))
+        );
         assert!(containerd.sees_its_own_memory(id));
         assert_eq!(
             containerd.exec(id, &["grep", "-c", "^processor", "/proc/cpuinfo"]).trim(),
@@ -45,29 +56,46 @@ fn pods_that_opt_in_see_their_own_values_and_others_are_left_alone() {
             "half a CPU is one"
         );
         assert_eq!(containerd.exec(id, &["cat", "/sys/devices/system/cpu/online"]).trim(), "0");
-        let uptime: f64 = containerd.exec(id, &["cut", "-d ", "-f1", "/proc/uptime"]).trim().parse().unwrap();
-        let host: f64 = fs::read_to_string("/proc/uptime").unwrap().split(' ').next().unwrap().parse().unwrap();
+        let uptime: f64 =
+            containerd.exec(id, &["cut", "-d ", "-f1", "/proc/uptime"]).trim().parse().unwrap();
+        let host: f64 =
+            fs::read_to_string("/proc/uptime").unwrap().split(' ').next().unwrap().parse().unwrap();
         assert!(uptime < 120.0 && host > uptime, "container {uptime}, host {host}");
     }
     let id = &files.containers["a"];
-    eventually_true("the files are there", || views(&table(id)) == ["/proc/meminfo", "/proc/uptime"]);
+    eventually_true("the files are there", || {
+        views(&table(id)) == ["/proc/meminfo", "/proc/uptime"]
+    });
     assert!(containerd.sees_its_own_memory(id));
     assert_ne!(containerd.exec(id, &["grep", "-c", "^processor", "/proc/cpuinfo"]).trim(), "1");
 
     assert_eq!(before, untouched.map(|id| table(id)), "nobody else was touched");
     assert!(agent.log().contains("annotation kube-lxcfs.io/files: 'memory' is not understood"));
     // Nothing of lxcfs but the view files can be seen in the container.
-    assert_eq!(table(&all.containers["a"]).matches("fuse.lxcfs").count(), views(&table(&all.containers["a"])).len());
+    assert_eq!(
+        table(&all.containers["a"]).matches("fuse.lxcfs").count(),
+        views(&table(&all.containers["a"])).len()
+    );
 }
 
 #[test]
 fn the_agents_going_and_coming_changes_no_view() {
     let (lxcfs, containerd) = (Lxcfs::start(), Containerd::start());
-    let pod =
-        containerd.run(&PodSpec { name: "p", annotations: &[("kube-lxcfs.io/inject", "true")], containers: &["a"] });
+    let pod = containerd.run(&PodSpec {
+        name: "p",
+        annotations: &[("kube-lxcfs.io/inject", "true")],
+        containers: &["a"],
+    });
     let id = &pod.containers["a"];
     let table = || mountinfo(containerd.pid(id));
-    let args = ["--pods-from", "cri", "--lxcfs-path", lxcfs.path(), "--cri-endpoint", &containerd.endpoint()];
+    let args = [
+        "--pods-from",
+        "cri",
+        "--lxcfs-path",
+        lxcfs.path(),
+        "--cri-endpoint",
+        &containerd.endpoint(),
+    ];
     let mut first = agent(containerd.dir.path(), &args, &[]);
     eventually_true("the view is there", || views(&table()).len() >= ALWAYS.len());
     let before = table();
@@ -97,10 +125,14 @@ fn views_are_put_in_and_taken_out_by_container_id_with_and_without_cri() {
     succeeds(&["mount", "--container", &a[..12]]);
     assert!(containerd.sees_its_own_memory(&a));
     assert!(!containerd.sees_its_own_memory(&b));
-    let status: serde_json::Value = serde_json::from_str(&succeeds(&["status", "-o", "json"])).unwrap();
+    let status: serde_json::Value =
+        serde_json::from_str(&succeeds(&["status", "-o", "json"])).unwrap();
     let mine = status.as_array().unwrap().iter().find(|s| s["id"] == a.as_str()).unwrap();
     assert_eq!((mine["pod"].as_str(), mine["container"].as_str()), (Some("p"), Some("a")));
-    assert_eq!((&mine["files"]["meminfo"], mine["pid"].as_i64()), (&"current".into(), Some(i64::from(pid_a))));
+    assert_eq!(
+        (&mine["files"]["meminfo"], mine["pid"].as_i64()),
+        (&"current".into(), Some(i64::from(pid_a)))
+    );
     assert!(succeeds(&["mount", "--container", &a]).contains("nothing to do"));
 
     let unknown = fails(&["mount", "--container", "ffffffffffffff"]);
@@ -116,7 +148,10 @@ fn views_are_put_in_and_taken_out_by_container_id_with_and_without_cri() {
     succeeds(&["mount", "--container", &b]);
     assert_eq!(views(&mountinfo(pid_a)).len(), ALWAYS.len());
     let refused = fails(&["umount", "--pid-from", "cri", "--container", &a]);
-    assert!(refused.contains("CRI endpoint") && refused.contains("is the runtime running?"), "{refused}");
+    assert!(
+        refused.contains("CRI endpoint") && refused.contains("is the runtime running?"),
+        "{refused}"
+    );
     succeeds(&["umount", "--pid-from", "proc", "--container", &a]);
     assert!(views(&mountinfo(pid_a)).is_empty());
     containerd.up();
@@ -129,8 +164,11 @@ fn views_are_put_in_and_taken_out_by_container_id_with_and_without_cri() {
 #[test]
 fn a_runtime_that_is_away_is_told_once_and_found_again() {
     let (lxcfs, mut containerd) = (Lxcfs::start(), Containerd::start());
-    let pod =
-        containerd.run(&PodSpec { name: "p", annotations: &[("kube-lxcfs.io/inject", "true")], containers: &["a"] });
+    let pod = containerd.run(&PodSpec {
+        name: "p",
+        annotations: &[("kube-lxcfs.io/inject", "true")],
+        containers: &["a"],
+    });
     containerd.down();
     let endpoint = containerd.endpoint();
     let args = ["--pods-from", "cri", "--lxcfs-path", lxcfs.path(), "--cri-endpoint", &endpoint];

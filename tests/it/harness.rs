@@ -1,5 +1,6 @@
-//! What the tests are made of: an own lxcfs, an own containerd, bare mount namespaces, the kube-lxcfs binary. Each has its own
-//! folder, and its end leaves no process, mount or cgroup behind, also when the test panics. What is missing is a failure.
+//! What the tests are made of: an own lxcfs, an own containerd, bare mount namespaces, the
+//! kube-lxcfs binary. Each has its own folder, and its end leaves no process, mount or cgroup
+//! behind, also when the test panics. What is missing is a failure.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -14,7 +15,8 @@ use std::{
 
 use hyper_util::rt::TokioIo;
 use k8s_cri::v1::{
-    self as cri, image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient,
+    self as cri, image_service_client::ImageServiceClient,
+    runtime_service_client::RuntimeServiceClient,
 };
 use tempfile::TempDir;
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -32,7 +34,9 @@ pub(crate) fn eventually<T: Debug>(what: &str, mut look: impl FnMut() -> Result<
     loop {
         match look() {
             Ok(found) => return found,
-            Err(why) if begun.elapsed() > PATIENCE => panic!("{what}: not within {PATIENCE:?}: {why}"),
+            Err(why) if begun.elapsed() > PATIENCE => {
+                panic!("{what}: not within {PATIENCE:?}: {why}")
+            }
             Err(_) => std::thread::sleep(Duration::from_millis(20)),
         }
     }
@@ -47,9 +51,9 @@ pub(crate) fn eventually_true(what: &str, mut look: impl FnMut() -> bool) {
 pub(crate) fn program(name: &str) -> Command {
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
     let found = path.split(':').map(|dir| Path::new(dir).join(name)).find(|p| p.exists());
-    Command::new(
-        found.unwrap_or_else(|| panic!("this test needs {name}, which is not installed; run it by `make test`")),
-    )
+    Command::new(found.unwrap_or_else(|| {
+        panic!("this test needs {name}, which is not installed; run it by `make test`")
+    }))
 }
 
 /// A child process that is killed and reaped at the end of the test.
@@ -93,11 +97,14 @@ impl Running {
         self.kill();
     }
 
-    /// Kills it, and waits for its end for a while only: one of its threads may wait for an lxcfs that hangs, which no signal ends.
+    /// Kills it, and waits for its end for a while only: one of its threads may wait for an lxcfs
+    /// that hangs, which no signal ends.
     pub(crate) fn kill(&mut self) {
         let _ = self.child.kill();
         let begun = Instant::now();
-        while self.child.try_wait().is_ok_and(|status| status.is_none()) && begun.elapsed() < Duration::from_secs(5) {
+        while self.child.try_wait().is_ok_and(|status| status.is_none())
+            && begun.elapsed() < Duration::from_secs(5)
+        {
             std::thread::sleep(Duration::from_millis(2));
         }
     }
@@ -108,7 +115,8 @@ impl Drop for Running {
         self.kill();
         if std::thread::panicking() {
             let log = self.log();
-            let tail: Vec<&str> = log.lines().filter(|l| !l.contains("lxcfs: ")).rev().take(40).collect();
+            let tail: Vec<&str> =
+                log.lines().filter(|l| !l.contains("lxcfs: ")).rev().take(40).collect();
             eprintln!("--- the log of pid {} ends:", self.pid());
             tail.iter().rev().for_each(|line| eprintln!("{line}"));
         }
@@ -139,10 +147,14 @@ impl Lxcfs {
 
     fn serve(path: &Path, dir: &Path) -> Running {
         let mut lxcfs = program("lxcfs");
-        lxcfs.args(["-f", "-l", "--enable-cfs", "--enable-pidfd", "-p"]).arg(dir.join("pid")).arg(path);
+        lxcfs
+            .args(["-f", "-l", "--enable-cfs", "--enable-pidfd", "-p"])
+            .arg(dir.join("pid"))
+            .arg(path);
         let process = Running::start(&mut lxcfs, &dir.join("log"));
         eventually("lxcfs serves", || {
-            fs::read_to_string(path.join("proc/uptime")).map_err(|e| format!("{e}: {}", process.log()))
+            fs::read_to_string(path.join("proc/uptime"))
+                .map_err(|e| format!("{e}: {}", process.log()))
         });
         process
     }
@@ -205,7 +217,8 @@ impl Supervised {
 
     pub(crate) fn serves(&self) {
         eventually("lxcfs serves", || {
-            fs::read_to_string(self.path.join("proc/uptime")).map_err(|e| format!("{e}: {}", self.supervisor.log()))
+            fs::read_to_string(self.path.join("proc/uptime"))
+                .map_err(|e| format!("{e}: {}", self.supervisor.log()))
         });
     }
 
@@ -214,12 +227,14 @@ impl Supervised {
         let supervisor = self.supervisor.pid();
         eventually("lxcfs runs", || {
             let children =
-                fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children")).unwrap_or_default();
+                fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children"))
+                    .unwrap_or_default();
             // At its start it also asks `lxcfs --help`.
             let serves = |pid: &i32| {
                 fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|args| {
                     let args: Vec<&[u8]> = args.split(|b| *b == 0).collect();
-                    args.contains(&&b"-f"[..]) && args.contains(&self.path.as_os_str().as_encoded_bytes())
+                    args.contains(&&b"-f"[..])
+                        && args.contains(&self.path.as_os_str().as_encoded_bytes())
                 })
             };
             let mut pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
@@ -242,8 +257,13 @@ impl Drop for Supervised {
             process.cmdline().is_ok_and(|args| args.iter().any(|arg| Path::new(arg) == self.path))
         };
         let _ = self.supervisor.child.kill();
-        for process in procfs::process::all_processes().into_iter().flatten().flatten().filter(lxcfs) {
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.pid), nix::sys::signal::Signal::SIGKILL);
+        for process in
+            procfs::process::all_processes().into_iter().flatten().flatten().filter(lxcfs)
+        {
+            let _ = nix::sys::signal::kill(
+                nix::unistd::Pid::from_raw(process.pid),
+                nix::sys::signal::Signal::SIGKILL,
+            );
         }
         unmount(&self.path);
     }
@@ -277,7 +297,8 @@ impl Seen {
 /// The memory limit of containers with a reader, in MiB.
 pub(crate) const READER_MIB: u64 = 77;
 
-/// A container that is a bare namespace in a cgroup of its own, named as a runtime names it, with a reader as its first process.
+/// A container that is a bare namespace in a cgroup of its own, named as a runtime names it, with a
+/// reader as its first process.
 #[derive(Debug)]
 pub(crate) struct Reader {
     bare: Bare,
@@ -292,9 +313,13 @@ fn reader_program() -> &'static Path {
     static PROGRAM: std::sync::OnceLock<PathBuf> = std::sync::OnceLock::new();
     PROGRAM.get_or_init(|| {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/reader.rs");
-        let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("reader-{}", std::process::id()));
+        let program =
+            Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("reader-{}", std::process::id()));
         let mut rustc = Command::new(std::env::var("RUSTC").unwrap_or_else(|_| "rustc".into()));
-        rustc.args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-o"]).arg(&program).arg(source);
+        rustc
+            .args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-o"])
+            .arg(&program)
+            .arg(source);
         let compiled = rustc.output().unwrap_or_else(|e| panic!("this test needs rustc: {e}"));
         assert!(compiled.status.success(), "{}", stderr(&compiled));
         program
@@ -324,10 +349,22 @@ impl Reader {
         let program = reader_program().to_str().unwrap();
         let command = reader_command(program, out.to_str().unwrap(), READER_MIB, pause);
         let command: Vec<&str> = command.iter().map(String::as_str).collect();
-        let args = ["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"];
+        let args = [
+            "--mount",
+            "--propagation",
+            "private",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ];
         let bare = Bare::running(&args, &command);
         let v2 = Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
-        let roots: &[&str] = if v2 { &["/sys/fs/cgroup"] } else { &["/sys/fs/cgroup/memory", "/sys/fs/cgroup/pids"] };
+        let roots: &[&str] = if v2 {
+            &["/sys/fs/cgroup"]
+        } else {
+            &["/sys/fs/cgroup/memory", "/sys/fs/cgroup/pids"]
+        };
         let limit = if v2 { "memory.max" } else { "memory.limit_in_bytes" };
         let mut reader = Reader { bare, id, cgroups: Vec::new(), out, _dir: dir };
         for root in roots {
@@ -371,7 +408,12 @@ impl Reader {
 
 /// A reader's command line.
 fn reader_command(program: &str, out: &str, own_mib: u64, pause: Duration) -> Vec<String> {
-    let own = [program.to_owned(), out.to_owned(), (own_mib << 10).to_string(), pause.as_millis().to_string()];
+    let own = [
+        program.to_owned(),
+        out.to_owned(),
+        (own_mib << 10).to_string(),
+        pause.as_millis().to_string(),
+    ];
     own.into_iter().chain(READ.map(str::to_owned)).collect()
 }
 
@@ -387,18 +429,29 @@ pub(crate) fn go(out: &Path) {
 /// Ends a reader and tells what it saw.
 pub(crate) fn stop(out: &Path) -> Seen {
     fs::write(out.with_extension("stop"), "").unwrap();
-    let told = eventually("the reader has ended", || fs::read_to_string(out).map_err(|e| e.to_string()));
+    let told =
+        eventually("the reader has ended", || fs::read_to_string(out).map_err(|e| e.to_string()));
     let number: Vec<u128> = told.split_whitespace().map(|n| n.parse().unwrap()).collect();
     let [own, host, errors, last_error, last_host, rounds] = number.try_into().unwrap();
     let small = |n: u128| u64::try_from(n).unwrap();
-    Seen { own: small(own), host: small(host), errors: small(errors), last_error, last_host, rounds: small(rounds) }
+    Seen {
+        own: small(own),
+        host: small(host),
+        errors: small(errors),
+        last_error,
+        last_host,
+        rounds: small(rounds),
+    }
 }
 
 impl Drop for Reader {
     fn drop(&mut self) {
         // Its processes first, or the cgroup is not empty.
         self.bare.unshare.kill();
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.bare.pid), nix::sys::signal::Signal::SIGKILL);
+        let _ = nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(self.bare.pid),
+            nix::sys::signal::Signal::SIGKILL,
+        );
         for cgroup in &self.cgroups {
             for _ in 0..200 {
                 if fs::remove_dir(cgroup).is_ok() {
@@ -412,7 +465,12 @@ impl Drop for Reader {
 
 /// Detaches whatever is mounted at a path, all layers.
 pub(crate) fn unmount(path: &Path) {
-    while nix::mount::umount2(path, nix::mount::MntFlags::MNT_DETACH | nix::mount::MntFlags::UMOUNT_NOFOLLOW).is_ok() {}
+    while nix::mount::umount2(
+        path,
+        nix::mount::MntFlags::MNT_DETACH | nix::mount::MntFlags::UMOUNT_NOFOLLOW,
+    )
+    .is_ok()
+    {}
 }
 
 /// A process in a mount namespace of its own, with its own `/proc`.
@@ -425,7 +483,15 @@ pub(crate) struct Bare {
 
 impl Bare {
     pub(crate) fn start() -> Bare {
-        Bare::with(&["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"])
+        Bare::with(&[
+            "--mount",
+            "--propagation",
+            "private",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ])
     }
 
     /// With these arguments for unshare(1), among them `--fork`.
@@ -435,10 +501,14 @@ impl Bare {
 
     pub(crate) fn running(args: &[&str], command: &[&str]) -> Bare {
         let dir = tempfile::tempdir().unwrap();
-        let unshare = Running::start(program("unshare").args(args).arg("--").args(command), &dir.path().join("log"));
+        let unshare = Running::start(
+            program("unshare").args(args).arg("--").args(command),
+            &dir.path().join("log"),
+        );
         let children = format!("/proc/{0}/task/{0}/children", unshare.pid());
         let pid = eventually("the namespace is there", || {
-            let pid: i32 = fs::read_to_string(&children).unwrap().trim().parse().map_err(|_| unshare.log())?;
+            let pid: i32 =
+                fs::read_to_string(&children).unwrap().trim().parse().map_err(|_| unshare.log())?;
             let comm = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
             if comm.trim() == "unshare" { Err("it is not yet made".into()) } else { Ok(pid) }
         });
@@ -447,16 +517,25 @@ impl Bare {
 
     /// A file as a process inside reads it.
     pub(crate) fn read(&self, path: &str) -> String {
-        let output =
-            program("nsenter").args(["--target", &self.pid.to_string(), "--mount", "cat", path]).output().unwrap();
-        String::from_utf8_lossy(&if output.status.success() { output.stdout } else { output.stderr }).into_owned()
+        let output = program("nsenter")
+            .args(["--target", &self.pid.to_string(), "--mount", "cat", path])
+            .output()
+            .unwrap();
+        String::from_utf8_lossy(&if output.status.success() {
+            output.stdout
+        } else {
+            output.stderr
+        })
+        .into_owned()
     }
 
-    /// Its mount table, but for the mounts of other tests' folders: the namespace has copies of those that were there when it was
-    /// made, and they go when their folders do.
+    /// Its mount table, but for the mounts of other tests' folders: the namespace has copies of
+    /// those that were there when it was made, and they go when their folders do.
     pub(crate) fn mountinfo(&self) -> String {
         let others = std::env::temp_dir();
-        let kept = |line: &&str| line.split(' ').nth(4).is_none_or(|point| !Path::new(point).starts_with(&others));
+        let kept = |line: &&str| {
+            line.split(' ').nth(4).is_none_or(|point| !Path::new(point).starts_with(&others))
+        };
         mountinfo(self.pid).split_inclusive('\n').filter(kept).collect()
     }
 
@@ -479,8 +558,11 @@ pub(crate) fn mountinfo(pid: i32) -> String {
 /// The view files in a mount table, as mount points.
 pub(crate) fn views(mountinfo: &str) -> Vec<String> {
     let view = |line: &&str| line.contains(" - fuse.lxcfs ") && line.contains("noexec,noatime");
-    let mut points: Vec<String> =
-        mountinfo.lines().filter(view).map(|line| line.split(' ').nth(4).unwrap().to_owned()).collect();
+    let mut points: Vec<String> = mountinfo
+        .lines()
+        .filter(view)
+        .map(|line| line.split(' ').nth(4).unwrap().to_owned())
+        .collect();
     points.sort();
     points
 }
@@ -634,11 +716,13 @@ plugin_config_path = "{}"
                 let socket = socket.clone();
                 async move { tokio::net::UnixStream::connect(socket).await.map(TokioIo::new) }
             };
-            Endpoint::from_static("http://localhost").connect_with_connector_lazy(tower::service_fn(dial))
+            Endpoint::from_static("http://localhost")
+                .connect_with_connector_lazy(tower::service_fn(dial))
         });
         let client = RuntimeServiceClient::new(channel.clone());
         let cgroup = format!("/{}", dir.path().file_name().unwrap().to_str().unwrap());
-        let mut containerd = Containerd { dir, root, process: None, runtime, channel, client, cgroup };
+        let mut containerd =
+            Containerd { dir, root, process: None, runtime, channel, client, cgroup };
         containerd.up();
         let image = cache("busybox-image-1.tar");
         let imported = containerd
@@ -653,7 +737,10 @@ plugin_config_path = "{}"
         eventually("CRI has the image", || {
             let mut images = ImageServiceClient::new(containerd.channel.clone());
             let request = cri::ImageStatusRequest { image: image(), verbose: false };
-            let status = containerd.runtime.block_on(images.image_status(request)).map_err(|e| e.to_string())?;
+            let status = containerd
+                .runtime
+                .block_on(images.image_status(request))
+                .map_err(|e| e.to_string())?;
             status.into_inner().image.ok_or_else(|| "not yet".to_owned())
         });
         containerd
@@ -666,7 +753,8 @@ plugin_config_path = "{}"
         let process = Running::start(&mut command, &self.dir.path().join("containerd.log"));
         let client = self.client.clone();
         eventually("containerd answers", || {
-            let answer = self.runtime.block_on(client.clone().version(cri::VersionRequest::default()));
+            let answer =
+                self.runtime.block_on(client.clone().version(cri::VersionRequest::default()));
             answer.map_err(|e| format!("{e}: {}", process.log()))
         });
         self.process = Some(process);
@@ -700,7 +788,9 @@ plugin_config_path = "{}"
 
     fn call<T>(
         &self,
-        call: impl AsyncFnOnce(RuntimeServiceClient<Channel>) -> Result<tonic::Response<T>, tonic::Status>,
+        call: impl AsyncFnOnce(
+            RuntimeServiceClient<Channel>,
+        ) -> Result<tonic::Response<T>, tonic::Status>,
     ) -> T {
         self.runtime.block_on(call(self.client.clone())).unwrap().into_inner()
     }
@@ -708,7 +798,8 @@ plugin_config_path = "{}"
     /// Runs a pod on the host's network: no CNI is needed.
     pub(crate) fn run(&self, spec: &PodSpec<'_>) -> RunningPod {
         let mut annotations: HashMap<String, String> = HashMap::new();
-        annotations.extend(spec.annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
+        annotations
+            .extend(spec.annotations.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())));
         let namespaces = namespaces();
         let config = cri::PodSandboxConfig {
             metadata: Some(cri::PodSandboxMetadata {
@@ -728,7 +819,10 @@ plugin_config_path = "{}"
             }),
             ..Default::default()
         };
-        let request = cri::RunPodSandboxRequest { config: Some(config.clone()), runtime_handler: String::new() };
+        let request = cri::RunPodSandboxRequest {
+            config: Some(config.clone()),
+            runtime_handler: String::new(),
+        };
         let sandbox = self.call(async |mut c| c.run_pod_sandbox(request).await).pod_sandbox_id;
         let mut pod = RunningPod { sandbox, config, containers: BTreeMap::new() };
         for name in spec.containers {
@@ -759,14 +853,24 @@ plugin_config_path = "{}"
         self.start_with(pod, name, attempt, vec!["sleep".into(), "3600".into()], Vec::new());
     }
 
-    /// Runs a shell script in a container of a pod that is there; returns the time that its start took, and where what it prints
-    /// will be, whole, when it has ended.
-    pub(crate) fn start_script(&self, pod: &mut RunningPod, name: &str, script: &str) -> (Duration, PathBuf) {
+    /// Runs a shell script in a container of a pod that is there; returns the time that its start
+    /// took, and where what it prints will be, whole, when it has ended.
+    pub(crate) fn start_script(
+        &self,
+        pod: &mut RunningPod,
+        name: &str,
+        script: &str,
+    ) -> (Duration, PathBuf) {
         let out = self.dir.path().join(format!("out-{}", pod.sandbox));
         fs::create_dir_all(&out).unwrap();
-        let mount =
-            cri::Mount { container_path: "/out".into(), host_path: out.to_str().unwrap().into(), ..Default::default() };
-        let script = format!("{{ {script}; }} >/out/{name}.new 2>&1; mv /out/{name}.new /out/{name}; exec sleep 3600");
+        let mount = cri::Mount {
+            container_path: "/out".into(),
+            host_path: out.to_str().unwrap().into(),
+            ..Default::default()
+        };
+        let script = format!(
+            "{{ {script}; }} >/out/{name}.new 2>&1; mv /out/{name}.new /out/{name}; exec sleep 3600"
+        );
         let command = ["sh", "-c", &script].map(str::to_owned).to_vec();
         (self.start_with(pod, name, 0, command, vec![mount]), out.join(name))
     }
@@ -824,7 +928,9 @@ plugin_config_path = "{}"
     /// Stops and removes a pod.
     pub(crate) fn remove(&self, pod: &RunningPod) {
         let id = &pod.sandbox;
-        self.call(async |mut c| c.stop_pod_sandbox(cri::StopPodSandboxRequest { pod_sandbox_id: id.clone() }).await);
+        self.call(async |mut c| {
+            c.stop_pod_sandbox(cri::StopPodSandboxRequest { pod_sandbox_id: id.clone() }).await
+        });
         let request = cri::RemovePodSandboxRequest { pod_sandbox_id: id.clone() };
         self.call(async |mut c| c.remove_pod_sandbox(request).await);
     }
@@ -850,7 +956,10 @@ plugin_config_path = "{}"
 
     pub(crate) fn mem_total_kib(&self, id: &str) -> u64 {
         let meminfo = self.exec(id, &["cat", "/proc/meminfo"]);
-        let line = meminfo.lines().find(|l| l.starts_with("MemTotal:")).unwrap_or_else(|| panic!("{meminfo}"));
+        let line = meminfo
+            .lines()
+            .find(|l| l.starts_with("MemTotal:"))
+            .unwrap_or_else(|| panic!("{meminfo}"));
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
 
@@ -878,8 +987,10 @@ fn at_dir(dir: &TempDir, name: &str) -> String {
 /// A file that the scripts in hack/ have put into the cache.
 pub(crate) fn cache(name: &str) -> PathBuf {
     let home = || PathBuf::from(std::env::var("HOME").unwrap_or_else(|_| "/root".into()));
-    let base = std::env::var("XDG_CACHE_HOME").map_or_else(|_| home().join(".cache"), PathBuf::from);
-    let cache = std::env::var("KUBE_LXCFS_CACHE").map_or_else(|_| base.join("kube-lxcfs"), PathBuf::from);
+    let base =
+        std::env::var("XDG_CACHE_HOME").map_or_else(|_| home().join(".cache"), PathBuf::from);
+    let cache =
+        std::env::var("KUBE_LXCFS_CACHE").map_or_else(|_| base.join("kube-lxcfs"), PathBuf::from);
     let path = cache.join(name);
     assert!(path.exists(), "this test needs {}, which `make test` makes", path.display());
     path
@@ -887,24 +998,36 @@ pub(crate) fn cache(name: &str) -> PathBuf {
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        // Without the daemon nothing can be asked to end in order: what is left is killed by its folder below.
+        // Without the daemon nothing can be asked to end in order: what is left is killed by its
+        // folder below.
         let mut client = self.client.clone();
         let end_in_order = async move {
-            let Ok(list) = client.list_pod_sandbox(cri::ListPodSandboxRequest::default()).await else { return };
+            let Ok(list) = client.list_pod_sandbox(cri::ListPodSandboxRequest::default()).await
+            else {
+                return;
+            };
             for sandbox in list.into_inner().items {
                 let id = sandbox.id;
-                let _ = client.stop_pod_sandbox(cri::StopPodSandboxRequest { pod_sandbox_id: id.clone() }).await;
-                let _ = client.remove_pod_sandbox(cri::RemovePodSandboxRequest { pod_sandbox_id: id }).await;
+                let _ = client
+                    .stop_pod_sandbox(cri::StopPodSandboxRequest { pod_sandbox_id: id.clone() })
+                    .await;
+                let _ = client
+                    .remove_pod_sandbox(cri::RemovePodSandboxRequest { pod_sandbox_id: id })
+                    .await;
             }
         };
-        let _ = self.runtime.block_on(async { tokio::time::timeout(Duration::from_secs(20), end_in_order).await });
+        let _ = self
+            .runtime
+            .block_on(async { tokio::time::timeout(Duration::from_secs(20), end_in_order).await });
         self.down();
         let dir = self.dir.path().to_str().unwrap().to_owned();
         kill_cgroup(&self.cgroup);
         for process in procfs::process::all_processes().into_iter().flatten().flatten() {
             if process.cmdline().is_ok_and(|args| args.iter().any(|arg| arg.starts_with(&dir))) {
-                let _ =
-                    nix::sys::signal::kill(nix::unistd::Pid::from_raw(process.pid), nix::sys::signal::Signal::SIGKILL);
+                let _ = nix::sys::signal::kill(
+                    nix::unistd::Pid::from_raw(process.pid),
+                    nix::sys::signal::Signal::SIGKILL,
+                );
             }
         }
         let points = || -> Vec<String> {
@@ -926,7 +1049,10 @@ impl Drop for Containerd {
 fn kill_cgroup(cgroup: &str) {
     fn remove(dir: &Path) {
         let Ok(entries) = fs::read_dir(dir) else { return };
-        entries.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).for_each(|e| remove(&e.path()));
+        entries
+            .flatten()
+            .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()))
+            .for_each(|e| remove(&e.path()));
         for pid in fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default().lines() {
             let pid = nix::unistd::Pid::from_raw(pid.parse().unwrap_or(0));
             if pid.as_raw() > 0 {
@@ -956,7 +1082,11 @@ pub(crate) fn get(agent: &Running, path: &str) -> (u16, String) {
         Ok::<_, String>(after.lines().next().unwrap_or_default().trim().to_owned())
     });
     let mut stream = std::net::TcpStream::connect(&address).unwrap();
-    std::io::Write::write_all(&mut stream, format!("GET {path} HTTP/1.0\r\nHost: x\r\n\r\n").as_bytes()).unwrap();
+    std::io::Write::write_all(
+        &mut stream,
+        format!("GET {path} HTTP/1.0\r\nHost: x\r\n\r\n").as_bytes(),
+    )
+    .unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     let (head, body) = answer.split_once("\r\n\r\n").unwrap();

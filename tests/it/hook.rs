@@ -1,5 +1,5 @@
-//! `kube-lxcfs hook` with runc, crun and podman: the first read shows the container's own values, and whatever goes wrong the
-//! container starts.
+//! `kube-lxcfs hook` with runc, crun and podman: the first read shows the container's own values,
+//! and whatever goes wrong the container starts.
 
 use std::{
     fs,
@@ -40,7 +40,14 @@ impl Bundle {
     }
 
     fn hook(&self) -> serde_json::Value {
-        let args = ["kube-lxcfs", "hook", "--lxcfs-path", self.lxcfs.to_str().unwrap(), "--log-file", &self.at("log")];
+        let args = [
+            "kube-lxcfs",
+            "hook",
+            "--lxcfs-path",
+            self.lxcfs.to_str().unwrap(),
+            "--log-file",
+            &self.at("log"),
+        ];
         serde_json::json!({"path": env!("CARGO_BIN_EXE_kube-lxcfs"), "args": args})
     }
 
@@ -50,14 +57,14 @@ impl Bundle {
         let _ = fs::remove_file(&path);
         let made = program(runtime).args(["spec", "--bundle", &self.at("")]).output().unwrap();
         assert!(made.status.success(), "{}", stderr(&made));
-        let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        let mut config: serde_json::Value =
+            serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         config["process"]["terminal"] = false.into();
         config["process"]["args"] = serde_json::json!(["sh", "-c", FIRST]);
         // This machine's root may not raise limits.
         config["process"]["rlimits"] = serde_json::json!([]);
         config["annotations"] = annotations;
-        config["linux"]["resources"] =
-            serde_json::json!({"memory": {"limit": MEMORY_MIB << 20}, "cpu": {"quota": 50_000, "period": 100_000}});
+        config["linux"]["resources"] = serde_json::json!({"memory": {"limit": MEMORY_MIB << 20}, "cpu": {"quota": 50_000, "period": 100_000}});
         config["hooks"] = serde_json::json!({stage: [self.hook()]});
         fs::write(&path, config.to_string()).unwrap();
         let id = self.dir.path().file_name().unwrap().to_str().unwrap();
@@ -66,7 +73,8 @@ impl Bundle {
 
     /// Where cgroups are hybrid, crun wants the unified ones out of sight.
     fn command(&self, command: &[&str]) -> Output {
-        let script = "if [ -d /sys/fs/cgroup/unified ]; then umount /sys/fs/cgroup/unified; fi; exec \"$@\"";
+        let script =
+            "if [ -d /sys/fs/cgroup/unified ]; then umount /sys/fs/cgroup/unified; fi; exec \"$@\"";
         let mut all = program("unshare");
         all.args(["--mount", "--propagation", "private", "sh", "-c", script, "sh"]);
         all.arg(program(command[0]).get_program()).args(&command[1..]).stdin(Stdio::null());
@@ -86,11 +94,20 @@ fn wants_view() -> serde_json::Value {
 fn with_runc_and_crun_the_first_read_shows_the_containers_own() {
     let lxcfs = Lxcfs::start();
     let bundle = Bundle::new(&lxcfs.path);
-    for (runtime, stage) in
-        [("runc", "createRuntime"), ("runc", "prestart"), ("crun", "createRuntime"), ("crun", "prestart")]
-    {
+    for (runtime, stage) in [
+        ("runc", "createRuntime"),
+        ("runc", "prestart"),
+        ("crun", "createRuntime"),
+        ("crun", "prestart"),
+    ] {
         let ended = bundle.run(runtime, stage, wants_view());
-        assert!(own(&stdout(&ended)), "{runtime} {stage}: {} {} {}", stdout(&ended), stderr(&ended), bundle.log());
+        assert!(
+            own(&stdout(&ended)),
+            "{runtime} {stage}: {} {} {}",
+            stdout(&ended),
+            stderr(&ended),
+            bundle.log()
+        );
     }
     assert_eq!(bundle.log().matches("view in place").count(), 4, "{}", bundle.log());
     let ended = bundle.run("runc", "createRuntime", serde_json::json!({}));
@@ -103,16 +120,28 @@ fn with_podman_the_first_read_shows_the_containers_own() {
     let bundle = Bundle::new(&lxcfs.path);
     fs::create_dir(bundle.at("hooks")).unwrap();
     let when = serde_json::json!({"annotations": {"^kube-lxcfs\\.io/inject$": "^true$"}});
-    let hook =
-        serde_json::json!({"version": "1.0.0", "hook": bundle.hook(), "when": when, "stages": ["createRuntime"]});
+    let hook = serde_json::json!({"version": "1.0.0", "hook": bundle.hook(), "when": when, "stages": ["createRuntime"]});
     fs::write(bundle.at("hooks/kube-lxcfs.json"), hook.to_string()).unwrap();
-    let (root, runroot, tmp, hooks) = (bundle.at("storage"), bundle.at("run"), bundle.at("tmp"), bundle.at("hooks"));
-    let places = ["podman", "--root", &root, "--runroot", &runroot, "--tmpdir", &tmp, "--hooks-dir", &hooks];
-    let how = ["--cgroup-manager", "cgroupfs", "--runtime", "crun", "run", "--rm", "--network", "host"];
+    let (root, runroot, tmp, hooks) =
+        (bundle.at("storage"), bundle.at("run"), bundle.at("tmp"), bundle.at("hooks"));
+    let places =
+        ["podman", "--root", &root, "--runroot", &runroot, "--tmpdir", &tmp, "--hooks-dir", &hooks];
+    let how =
+        ["--cgroup-manager", "cgroupfs", "--runtime", "crun", "run", "--rm", "--network", "host"];
     let memory = format!("{MEMORY_MIB}m");
-    let limits = ["--memory", &memory, "--cpus", "0.5", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"];
+    let limits = [
+        "--memory",
+        &memory,
+        "--cpus",
+        "0.5",
+        "--ulimit",
+        "nofile=1024:1024",
+        "--ulimit",
+        "nproc=1024:1024",
+    ];
     let rootfs = bundle.at("rootfs");
-    let what = ["--annotation", "kube-lxcfs.io/inject=true", "--rootfs", &rootfs, "sh", "-c", FIRST];
+    let what =
+        ["--annotation", "kube-lxcfs.io/inject=true", "--rootfs", &rootfs, "sh", "-c", FIRST];
     let ended = bundle.command(&[&places[..], &how, &limits, &what].concat());
     // Its overlay storage stays mounted on itself.
     unmount(Path::new(&bundle.at("storage/overlay")));
@@ -127,7 +156,11 @@ fn whatever_goes_wrong_the_container_starts_and_the_log_says_why() {
         let _ = fs::remove_file(bundle.at("log"));
         let ended = bundle.run("runc", "createRuntime", annotations);
         assert!(ended.status.success(), "{what}: {}", stderr(&ended));
-        assert!(stdout(&ended).starts_with("MemTotal:") && !own(&stdout(&ended)), "{what}: {}", stdout(&ended));
+        assert!(
+            stdout(&ended).starts_with("MemTotal:") && !own(&stdout(&ended)),
+            "{what}: {}",
+            stdout(&ended)
+        );
         bundle.log()
     };
     let told = starts("an annotation", serde_json::json!({"kube-lxcfs.io/inject": "yes"}));
@@ -146,8 +179,9 @@ fn states_that_are_none_are_told_and_are_no_failure() {
     let dir = tempfile::tempdir().unwrap();
     let bundle = dir.path().join("bundle");
     fs::create_dir(&bundle).unwrap();
-    let state =
-        |bundle: &Path| format!(r#"{{"id":"a","pid":{},"bundlePath":"{}"}}"#, std::process::id(), bundle.display());
+    let state = |bundle: &Path| {
+        format!(r#"{{"id":"a","pid":{},"bundlePath":"{}"}}"#, std::process::id(), bundle.display())
+    };
     let mut cases = vec![
         (String::new(), "is not understood"),
         ("{".into(), "is not understood"),
@@ -158,11 +192,20 @@ fn states_that_are_none_are_told_and_are_no_failure() {
     cases.push((state(&bundle), "config.json is not understood"));
     for (state, why) in cases {
         let mut hook = kube_lxcfs();
-        let mut child =
-            hook.arg("hook").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = hook
+            .arg("hook")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         child.stdin.take().unwrap().write_all(state.as_bytes()).unwrap();
         let ended = child.wait_with_output().unwrap();
-        assert!(ended.status.success() && stderr(&ended).contains(why), "{state}: {}", stderr(&ended));
+        assert!(
+            ended.status.success() && stderr(&ended).contains(why),
+            "{state}: {}",
+            stderr(&ended)
+        );
     }
     // Even a wrong command line keeps no container from starting.
     let ended = run(&["hook", "--no-such-flag"]);

@@ -7,7 +7,8 @@ use crate::harness::*;
 #[test]
 fn a_namespace_gets_its_view_and_loses_it_and_the_host_and_others_keep_theirs() {
     let (lxcfs, target, other) = (Lxcfs::start(), Bare::start(), Bare::start());
-    let (host, before, others) = (mountinfo(std::process::id().cast_signed()), target.mountinfo(), other.mountinfo());
+    let (host, before, others) =
+        (mountinfo(std::process::id().cast_signed()), target.mountinfo(), other.mountinfo());
     let pid = target.pid.to_string();
     succeeds(&["mount", "--pid", &pid, "--lxcfs-path", lxcfs.path()]);
     assert_eq!(views(&target.mountinfo()).len(), 9);
@@ -18,7 +19,9 @@ fn a_namespace_gets_its_view_and_loses_it_and_the_host_and_others_keep_theirs() 
     succeeds(&["umount", "--pid", &pid]);
     assert_eq!(target.mountinfo(), before);
     assert_eq!(other.mountinfo(), others);
-    let mine = |table: &str| table.lines().filter(|l| l.contains(lxcfs.path())).map(str::to_owned).collect::<Vec<_>>();
+    let mine = |table: &str| {
+        table.lines().filter(|l| l.contains(lxcfs.path())).map(str::to_owned).collect::<Vec<_>>()
+    };
     assert_eq!(mine(&mountinfo(std::process::id().cast_signed())), mine(&host));
 }
 
@@ -62,9 +65,20 @@ fn processes_that_are_no_container_are_refused() {
         assert!(error.contains(told), "{pid}: {error}");
     }
     // The agent itself, in a namespace apart from the host's: its own is refused as its own.
-    let own = format!("{} mount --pid $$ --lxcfs-path {}", env!("CARGO_BIN_EXE_kube-lxcfs"), lxcfs.path());
-    let output = program("unshare").args(["--mount", "--propagation", "private", "sh", "-c", &own]).output().unwrap();
-    assert!(error_line(&output).contains("kube-lxcfs's own mount namespace"), "{}", stderr(&output));
+    let own = format!(
+        "{} mount --pid $$ --lxcfs-path {}",
+        env!("CARGO_BIN_EXE_kube-lxcfs"),
+        lxcfs.path()
+    );
+    let output = program("unshare")
+        .args(["--mount", "--propagation", "private", "sh", "-c", &own])
+        .output()
+        .unwrap();
+    assert!(
+        error_line(&output).contains("kube-lxcfs's own mount namespace"),
+        "{}",
+        stderr(&output)
+    );
     let mine = |table: &str| table.lines().filter(|l| l.contains(lxcfs.path())).count();
     assert_eq!(mine(&mountinfo(std::process::id().cast_signed())), mine(&table));
 }
@@ -72,7 +86,8 @@ fn processes_that_are_no_container_are_refused() {
 #[test]
 fn a_proc_that_shares_its_mounts_with_ours_is_left_alone() {
     let lxcfs = Lxcfs::start();
-    // An own «host» whose mounts are shared, and in it a process whose /proc is a peer of the host's.
+    // An own «host» whose mounts are shared, and in it a process whose /proc is a peer of the
+    // host's.
     let script = format!(
         "mount --make-rshared / && unshare --mount --propagation unchanged sleep 60 & sleep 0.5; \
          child=$(pgrep -P $!) || child=$!; {0} mount --pid $child --lxcfs-path {1}; grep -c noatime.*fuse.lxcfs /proc/self/mountinfo; kill $child",
@@ -94,13 +109,22 @@ fn mounts_of_the_containers_own_are_never_removed_or_covered() {
     let (lxcfs, target) = (Lxcfs::start(), Bare::start());
     let pid = target.pid.to_string();
     let inside = |args: &[&str]| {
-        let done = program("nsenter").args(["--target", &pid, "--mount"]).args(args).output().unwrap();
+        let done =
+            program("nsenter").args(["--target", &pid, "--mount"]).args(args).output().unwrap();
         assert!(done.status.success(), "{args:?}: {}", stderr(&done));
     };
     inside(&["mount", "--bind", "/etc/hostname", "/proc/meminfo"]);
     inside(&["mount", "-t", "tmpfs", "none", "/sys/devices"]);
     let before = target.mountinfo();
-    let told = succeeds(&["mount", "--pid", &pid, "--files", "meminfo,uptime,cpu", "--lxcfs-path", lxcfs.path()]);
+    let told = succeeds(&[
+        "mount",
+        "--pid",
+        &pid,
+        "--files",
+        "meminfo,uptime,cpu",
+        "--lxcfs-path",
+        lxcfs.path(),
+    ]);
     assert!(told.contains("left out meminfo: another mount is on its path"), "{told}");
     assert!(told.contains("left out cpu: "), "{told}");
     assert_eq!(views(&target.mountinfo()), ["/proc/uptime"]);
@@ -125,13 +149,17 @@ fn links_and_file_systems_put_in_the_way_are_not_followed() {
             "mount --bind {0} {0} && cd {0} && {make}; mkdir -p old && pivot_root . old && cd / && /bin/busybox umount -l /old && exec /bin/busybox sleep 3600",
             root.display()
         );
-        let target =
-            Bare::running(&["--mount", "--propagation", "private", "--fork", "--kill-child"], &["sh", "-c", &script]);
+        let target = Bare::running(
+            &["--mount", "--propagation", "private", "--fork", "--kill-child"],
+            &["sh", "-c", &script],
+        );
         eventually_true("it is in its root", || {
-            fs::read_to_string(format!("/proc/{}/comm", target.pid)).is_ok_and(|comm| comm.trim() == "busybox")
+            fs::read_to_string(format!("/proc/{}/comm", target.pid))
+                .is_ok_and(|comm| comm.trim() == "busybox")
         });
         let before = target.mountinfo();
-        let output = run(&["mount", "--pid", &target.pid.to_string(), "--lxcfs-path", lxcfs.path()]);
+        let output =
+            run(&["mount", "--pid", &target.pid.to_string(), "--lxcfs-path", lxcfs.path()]);
         assert!(
             stdout(&output).contains("left out meminfo: /proc is"),
             "{name}: {} {}",
@@ -180,7 +208,11 @@ fn a_view_of_an_earlier_lxcfs_is_shown_swapped_and_removed() {
     assert_eq!(state().as_deref(), Some("stale"));
     assert!(remount().contains("remounted meminfo,cpu"));
     assert_eq!(state().as_deref(), Some("current"));
-    assert_eq!(views(&target.mountinfo()), ["/proc/meminfo", "/sys/devices/system/cpu"], "nothing is stacked");
+    assert_eq!(
+        views(&target.mountinfo()),
+        ["/proc/meminfo", "/sys/devices/system/cpu"],
+        "nothing is stacked"
+    );
 
     succeeds(&["umount", "--pid", &pid]);
     succeeds(&["mount", "--pid", &pid, "--lxcfs-path", old.path()]);

@@ -1,4 +1,5 @@
-//! Pods and namespaces of a real API server lead to views in real containers; the test is the kubelet.
+//! Pods and namespaces of a real API server lead to views in real containers; the test is the
+//! kubelet.
 
 use std::time::Duration;
 
@@ -13,7 +14,8 @@ use crate::{
     cluster::Cluster,
     containers::ALWAYS,
     harness::{
-        Bare, Containerd, IMAGE, Lxcfs, PodSpec, RunningPod, agent, eventually, eventually_true, mountinfo, views,
+        Bare, Containerd, IMAGE, Lxcfs, PodSpec, RunningPod, agent, eventually, eventually_true,
+        mountinfo, views,
     },
 };
 
@@ -42,7 +44,11 @@ impl Node {
         let endpoint = self.containerd.endpoint();
         let args = ["--node-name", "n1", "--lxcfs-path", lxcfs_path, "--cri-endpoint", &endpoint];
         let kubeconfig = self.cluster.kubeconfig("agent");
-        agent(self.containerd.dir.path(), &[&args, more].concat(), &[("KUBECONFIG", kubeconfig.to_str().unwrap())])
+        agent(
+            self.containerd.dir.path(),
+            &[&args, more].concat(),
+            &[("KUBECONFIG", kubeconfig.to_str().unwrap())],
+        )
     }
 
     fn pods(&self, namespace: &str) -> Api<Pod> {
@@ -63,15 +69,25 @@ impl Node {
     }
 
     /// A pod in the API, its containers in the runtime, and its status as a kubelet writes it.
-    fn pod(&self, namespace: &str, name: &str, annotations: Value, containers: &[&str]) -> RunningPod {
-        let spec: Vec<Value> = containers.iter().map(|c| json!({"name": c, "image": IMAGE})).collect();
+    fn pod(
+        &self,
+        namespace: &str,
+        name: &str,
+        annotations: Value,
+        containers: &[&str],
+    ) -> RunningPod {
+        let spec: Vec<Value> =
+            containers.iter().map(|c| json!({"name": c, "image": IMAGE})).collect();
         let pod: Pod = serde_json::from_value(json!({
             "metadata": {"name": name, "annotations": annotations},
             "spec": {"nodeName": "n1", "containers": spec}}))
         .unwrap();
         self.runtime.block_on(self.pods(namespace).create(&PostParams::default(), &pod)).unwrap();
-        let running =
-            self.containerd.run(&PodSpec { name: &format!("{namespace}-{name}"), annotations: &[], containers });
+        let running = self.containerd.run(&PodSpec {
+            name: &format!("{namespace}-{name}"),
+            annotations: &[],
+            containers,
+        });
         self.status(namespace, name, &running);
         running
     }
@@ -85,13 +101,18 @@ impl Node {
                 "restartCount": 0, "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}})
             })
             .collect();
-        let patch = Patch::Merge(json!({"status": {"phase": "Running", "containerStatuses": statuses}}));
-        self.runtime.block_on(self.pods(namespace).patch_status(name, &PatchParams::default(), &patch)).unwrap();
+        let patch =
+            Patch::Merge(json!({"status": {"phase": "Running", "containerStatuses": statuses}}));
+        self.runtime
+            .block_on(self.pods(namespace).patch_status(name, &PatchParams::default(), &patch))
+            .unwrap();
     }
 
     fn annotate(&self, namespace: &str, name: &str, annotations: Value) {
         let patch = Patch::Merge(json!({"metadata": {"annotations": annotations}}));
-        self.runtime.block_on(self.pods(namespace).patch(name, &PatchParams::default(), &patch)).unwrap();
+        self.runtime
+            .block_on(self.pods(namespace).patch(name, &PatchParams::default(), &patch))
+            .unwrap();
     }
 
     fn table(&self, id: &str) -> String {
@@ -99,9 +120,11 @@ impl Node {
     }
 
     fn has(&self, id: &str, files: usize) {
-        eventually(&format!("{id} has {files} view files"), || match views(&self.table(id)).len() {
-            n if n == files => Ok(()),
-            n => Err(format!("{n}")),
+        eventually(&format!("{id} has {files} view files"), || {
+            match views(&self.table(id)).len() {
+                n if n == files => Ok(()),
+                n => Err(format!("{n}")),
+            }
         });
     }
 
@@ -136,7 +159,8 @@ impl Node {
 
     fn reasons(&self, namespace: &str, pod: &str, expected: &[&str]) {
         eventually(&format!("the events on {pod}"), || {
-            let reasons: Vec<String> = self.events(namespace, pod).into_iter().map(|(reason, _)| reason).collect();
+            let reasons: Vec<String> =
+                self.events(namespace, pod).into_iter().map(|(reason, _)| reason).collect();
             if reasons == expected { Ok(()) } else { Err(format!("{reasons:?}")) }
         });
     }
@@ -173,9 +197,17 @@ fn annotations_added_changed_and_removed_are_followed_while_the_containers_run()
 
     // What is not understood changes nothing, and is told.
     node.annotate("shop", "web", json!({"kube-lxcfs.io/containers": "nobody"}));
-    node.reasons("shop", "web", &["LxcfsInjected", "LxcfsRemoved", "LxcfsRemoved", "LxcfsInvalidAnnotation"]);
+    node.reasons(
+        "shop",
+        "web",
+        &["LxcfsInjected", "LxcfsRemoved", "LxcfsRemoved", "LxcfsInvalidAnnotation"],
+    );
     let (_, note) = node.events("shop", "web").pop().unwrap();
-    assert!(note.contains("kube-lxcfs.io/containers: 'nobody'") && note.contains("allowed are app, proxy"), "{note}");
+    assert!(
+        note.contains("kube-lxcfs.io/containers: 'nobody'")
+            && note.contains("allowed are app, proxy"),
+        "{note}"
+    );
     node.has(proxy, 2);
 
     node.annotate("shop", "web", json!({"kube-lxcfs.io/inject": "false"}));
@@ -189,21 +221,29 @@ fn annotations_added_changed_and_removed_are_followed_while_the_containers_run()
     node.annotate("shop", "web", json!({"kube-lxcfs.io/inject": "true"}));
     node.has(app, ALL);
 
-    // A container that starts again gets its view again; one that is added later, an ephemeral one say, too.
+    // A container that starts again gets its view again; one that is added later, an ephemeral one
+    // say, too.
     node.containerd.stop_container(proxy);
     let mut pod = pod.clone();
     node.containerd.start_container(&mut pod, "proxy", 1);
     node.status("shop", "web", &pod);
     node.has(&pod.containers["proxy"], ALL);
 
-    assert_eq!(node.table(&alone.containers["app"]), before, "the pod that did not opt in is as it was");
+    assert_eq!(
+        node.table(&alone.containers["app"]),
+        before,
+        "the pod that did not opt in is as it was"
+    );
     assert!(node.events("shop", "alone").is_empty());
     assert_eq!(node.containerd.pid(&pod.containers["app"]), started, "nothing was restarted");
 
     // Deleted from the API while it runs still: nothing more is done to it, and nothing breaks.
     node.runtime
         .block_on(
-            node.pods("shop").delete("web", &DeleteParams { grace_period_seconds: Some(0), ..Default::default() }),
+            node.pods("shop").delete(
+                "web",
+                &DeleteParams { grace_period_seconds: Some(0), ..Default::default() },
+            ),
         )
         .unwrap();
     node.annotate("shop", "alone", json!({"kube-lxcfs.io/inject": "true"}));
@@ -268,7 +308,8 @@ fn an_api_server_that_goes_and_comes_loses_nothing() {
         assert!(told <= 1, "{what}, told {told} times: {}", first.log());
     }
 
-    // What changes while no agent runs is made so by the next one, and what is right is not touched.
+    // What changes while no agent runs is made so by the next one, and what is right is not
+    // touched.
     let mut first = first;
     first.terminate();
     node.annotate("shop", "a", json!({"kube-lxcfs.io/inject": "true"}));
@@ -291,8 +332,17 @@ fn views_wait_for_an_lxcfs_that_is_not_there_yet() {
     eventually_true("it says so", || agent.log().contains("views wait for lxcfs"));
     node.reasons("shop", "a", &["LxcfsInjectFailed"]);
     // The mount comes from elsewhere, as from another pod: a bind of the one that serves.
-    nix::mount::mount(Some(&node.lxcfs.path), &path, None::<&str>, nix::mount::MsFlags::MS_BIND, None::<&str>).unwrap();
-    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| node.has(&pod.containers["app"], ALL)));
+    nix::mount::mount(
+        Some(&node.lxcfs.path),
+        &path,
+        None::<&str>,
+        nix::mount::MsFlags::MS_BIND,
+        None::<&str>,
+    )
+    .unwrap();
+    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        node.has(&pod.containers["app"], ALL)
+    }));
     crate::harness::unmount(&path);
     done.unwrap();
     node.reasons("shop", "a", &["LxcfsInjectFailed", "LxcfsInjected"]);

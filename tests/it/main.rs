@@ -1,4 +1,5 @@
-//! Tests against the real thing: lxcfs, containerd, runc, kube-apiserver, etcd and this kernel. `make test` sets them up.
+//! Tests against the real thing: lxcfs, containerd, runc, kube-apiserver, etcd and this kernel.
+//! `make test` sets them up.
 #![allow(
     clippy::unwrap_used,
     clippy::wildcard_imports,

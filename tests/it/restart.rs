@@ -41,7 +41,11 @@ impl Node {
     fn start(n: usize, lxcfs_args: &[&str]) -> Node {
         let (lxcfs, readers, pods) = (Supervised::start(lxcfs_args), readers(n), Pods::start());
         for (n, reader) in readers.iter().enumerate() {
-            pods.run(&format!("pod-{n}"), &reader.id, serde_json::json!({"kube-lxcfs.io/inject": "true"}));
+            pods.run(
+                &format!("pod-{n}"),
+                &reader.id,
+                serde_json::json!({"kube-lxcfs.io/inject": "true"}),
+            );
         }
         let dir = tempfile::tempdir().unwrap();
         let agent = Node::agent(dir.path(), &pods, &lxcfs);
@@ -69,7 +73,11 @@ fn after_a_kill_views_return_by_themselves_and_no_reader_keeps_an_error() {
     eventually_true("another lxcfs runs", || node.lxcfs.lxcfs() != killed);
     node.lxcfs.serves();
     current(&node.readers);
-    let all_own = || node.readers.iter().all(|r| fs::read_to_string(format!("/proc/{}/mountinfo", r.pid())).is_ok());
+    let all_own = || {
+        node.readers
+            .iter()
+            .all(|r| fs::read_to_string(format!("/proc/{}/mountinfo", r.pid())).is_ok())
+    };
     assert!(all_own());
     std::thread::sleep(Duration::from_millis(500));
     let seen = seen(&node.readers);
@@ -105,7 +113,9 @@ fn a_predecessor_that_serves_still_is_replaced_without_a_gap() {
     let old = node.lxcfs.lxcfs();
     node.lxcfs.supervisor.kill();
     node.lxcfs.again();
-    eventually_true("the predecessor has ended", || !Path::new("/proc").join(old.to_string()).exists());
+    eventually_true("the predecessor has ended", || {
+        !Path::new("/proc").join(old.to_string()).exists()
+    });
     node.lxcfs.serves();
     current(&node.readers);
     std::thread::sleep(Duration::from_millis(300));
@@ -139,7 +149,11 @@ fn an_lxcfs_without_a_supervisor_is_swept_by_the_agent() {
     let mut lxcfs = Lxcfs::start();
     let (readers, pods) = (readers(3), Pods::start());
     for (n, reader) in readers.iter().enumerate() {
-        pods.run(&format!("pod-{n}"), &reader.id, serde_json::json!({"kube-lxcfs.io/inject": "true"}));
+        pods.run(
+            &format!("pod-{n}"),
+            &reader.id,
+            serde_json::json!({"kube-lxcfs.io/inject": "true"}),
+        );
     }
     let dir = tempfile::tempdir().unwrap();
     let args = ["--node-name", "n1", "--lxcfs-path", lxcfs.path(), "--pid-from", "proc"];
@@ -161,8 +175,14 @@ fn a_path_unmounted_or_covered_under_our_feet_is_served_again() {
     unmount(&node.lxcfs.path);
     eventually_true("it is mounted again", || node.lxcfs.path.join("proc/uptime").exists());
     current(&node.readers);
-    nix::mount::mount(Some("none"), &node.lxcfs.path, Some("tmpfs"), nix::mount::MsFlags::empty(), None::<&str>)
-        .unwrap();
+    nix::mount::mount(
+        Some("none"),
+        &node.lxcfs.path,
+        Some("tmpfs"),
+        nix::mount::MsFlags::empty(),
+        None::<&str>,
+    )
+    .unwrap();
     eventually_true("it is mounted again", || node.lxcfs.path.join("proc/uptime").exists());
     current(&node.readers);
 }
@@ -186,7 +206,10 @@ fn what_came_with_the_pod_is_left_alone_and_kept_current_with_adopt() {
     // As a webhook's hostPath volume does it: a bind mount made with the container.
     let target = format!("/proc/{}/ns/mnt", reader.pid());
     let bind = format!("mount --bind {}/proc/meminfo /proc/meminfo", old.path());
-    let bound = program("nsenter").args([&format!("--mount={target}"), "sh", "-c", &bind]).output().unwrap();
+    let bound = program("nsenter")
+        .args([&format!("--mount={target}"), "sh", "-c", &bind])
+        .output()
+        .unwrap();
     assert!(bound.status.success(), "{}", stderr(&bound));
     let before = reader.mountinfo();
     pods.run("webhook", &reader.id, serde_json::json!({}));
@@ -202,11 +225,18 @@ fn what_came_with_the_pod_is_left_alone_and_kept_current_with_adopt() {
     alone.terminate();
     let _adopting = start(&["--adopt"]);
     let dev = |table: &str| {
-        table.lines().find(|l| l.contains(" /proc/meminfo ")).map(|l| l.split(' ').nth(2).unwrap().to_owned())
+        table
+            .lines()
+            .find(|l| l.contains(" /proc/meminfo "))
+            .map(|l| l.split(' ').nth(2).unwrap().to_owned())
     };
     eventually_true("it is current", || dev(&reader.mountinfo()) != dev(&before));
     drop(old);
-    assert_eq!(reader.mountinfo().matches(" /proc/meminfo /proc/meminfo ").count(), 1, "nothing is stacked");
+    assert_eq!(
+        reader.mountinfo().matches(" /proc/meminfo /proc/meminfo ").count(),
+        1,
+        "nothing is stacked"
+    );
     reader.go();
     std::thread::sleep(Duration::from_millis(100));
     let seen = reader.stop();
@@ -225,21 +255,24 @@ impl Random {
     }
 }
 
-/// What can happen to a node, one after the other at random moments, 200 times. It takes up to two minutes, most of them in the
-/// supervisor's backoff.
+/// What can happen to a node, one after the other at random moments, 200 times. It takes up to two
+/// minutes, most of them in the supervisor's backoff.
 #[test]
 fn whatever_dies_in_whatever_order_every_wished_view_is_current_in_the_end_and_no_other_is_left() {
     const ROUNDS: u32 = 200;
-    let seed = std::env::var("KUBE_LXCFS_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(|| {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
-        u64::from(now.subsec_nanos()) | 1
-    });
+    let seed =
+        std::env::var("KUBE_LXCFS_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or_else(|| {
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+            u64::from(now.subsec_nanos()) | 1
+        });
     println!("KUBE_LXCFS_SEED={seed}");
     let mut random = Random(seed);
     let mut node = Node::start(4, &["--watchdog", "600ms"]);
     let own = || mountinfo(std::process::id().cast_signed());
     let host = |path: &str| own().lines().filter(|l| l.contains(path)).count();
-    let covered = |node: &Node| own().lines().filter(|l| l.contains(node.lxcfs.path()) && l.contains("tmpfs")).count();
+    let covered = |node: &Node| {
+        own().lines().filter(|l| l.contains(node.lxcfs.path()) && l.contains("tmpfs")).count()
+    };
     let mut wished = [true; 4];
     for round in 1..=ROUNDS {
         match random.below(7) {
@@ -257,12 +290,21 @@ fn whatever_dies_in_whatever_order_every_wished_view_is_current_in_the_end_and_n
                 let pod = usize::try_from(random.below(4)).unwrap();
                 wished[pod] = !wished[pod];
                 let inject = wished[pod].to_string();
-                node.pods.annotate(&format!("pod-{pod}"), serde_json::json!({"kube-lxcfs.io/inject": inject}));
+                node.pods.annotate(
+                    &format!("pod-{pod}"),
+                    serde_json::json!({"kube-lxcfs.io/inject": inject}),
+                );
             }
             _ if covered(&node) > 0 || random.below(2) == 0 => unmount(&node.lxcfs.path),
             _ => {
                 let flags = nix::mount::MsFlags::empty();
-                let _ = nix::mount::mount(Some("none"), &node.lxcfs.path, Some("tmpfs"), flags, None::<&str>);
+                let _ = nix::mount::mount(
+                    Some("none"),
+                    &node.lxcfs.path,
+                    Some("tmpfs"),
+                    flags,
+                    None::<&str>,
+                );
             }
         }
         std::thread::sleep(Duration::from_millis(random.below(120)));
@@ -288,7 +330,9 @@ fn settled(node: &Node, wished: &[bool], round: u32, seed: u64) {
                 .unwrap()
                 .lines()
                 .rev()
-                .find(|l| l.contains(" - fuse.lxcfs ") && l.split(' ').nth(4) == Some(node.lxcfs.path()))
+                .find(|l| {
+                    l.contains(" - fuse.lxcfs ") && l.split(' ').nth(4) == Some(node.lxcfs.path())
+                })
                 .map(|l| l.split(' ').nth(2).unwrap().to_owned())
             else {
                 return Err("lxcfs is not mounted".into());
@@ -311,7 +355,8 @@ fn settled(node: &Node, wished: &[bool], round: u32, seed: u64) {
     }
 }
 
-/// As a unit's `ExecStartPost=` it runs before lxcfs serves. A node of its own, in a pid namespace: `--all` is all that it sees.
+/// As a unit's `ExecStartPost=` it runs before lxcfs serves. A node of its own, in a pid namespace:
+/// `--all` is all that it sees.
 #[test]
 fn remount_all_waits_for_an_lxcfs_that_is_starting() {
     let dir = tempfile::tempdir().unwrap();
@@ -330,12 +375,33 @@ fn remount_all_waits_for_an_lxcfs_that_is_starting() {
         "$1" status --pid-from proc --lxcfs-path "$2"
     "#;
     let mut node = program("unshare");
-    node.args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"]);
-    node.args(["timeout", "-s", "KILL", "20", "sh", "-c", script, "sh", env!("CARGO_BIN_EXE_kube-lxcfs")])
-        .arg(dir.path());
+    node.args([
+        "--mount",
+        "--propagation",
+        "private",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+    ]);
+    node.args([
+        "timeout",
+        "-s",
+        "KILL",
+        "20",
+        "sh",
+        "-c",
+        script,
+        "sh",
+        env!("CARGO_BIN_EXE_kube-lxcfs"),
+    ])
+    .arg(dir.path());
     node.env("PATH", std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin");
     let output = node.output().unwrap();
     assert!(output.status.success(), "{} {}", stdout(&output), stderr(&output));
     let told = stdout(&output);
-    assert!(told.contains(" current ") && !told.contains("dead") && !told.contains("stale"), "{told}");
+    assert!(
+        told.contains(" current ") && !told.contains("dead") && !told.contains("stale"),
+        "{told}"
+    );
 }

@@ -7,13 +7,15 @@ use nix::sys::signal::Signal;
 use crate::harness::*;
 
 /// What programs ask when they start.
-pub(crate) const FIRST: &str = "head -1 /proc/meminfo; cut -d' ' -f1 /proc/uptime; cat /sys/devices/system/cpu/online";
+pub(crate) const FIRST: &str =
+    "head -1 /proc/meminfo; cut -d' ' -f1 /proc/uptime; cat /sys/devices/system/cpu/online";
 const IN: &[(&str, &str)] = &[("kube-lxcfs.io/inject", "true")];
 
 /// The agent of a node without an API server.
 fn agent_of(dir: &Path, containerd: &Containerd, lxcfs: &str, more: &[&str]) -> Running {
     let (cri, nri) = (containerd.endpoint(), containerd.nri_socket());
-    let args = ["--pods-from", "cri", "--cri-endpoint", &cri, "--nri-socket", &nri, "--lxcfs-path", lxcfs];
+    let args =
+        ["--pods-from", "cri", "--cri-endpoint", &cri, "--nri-socket", &nri, "--lxcfs-path", lxcfs];
     agent(dir, &[&args, more].concat(), &[])
 }
 
@@ -37,7 +39,11 @@ fn told(path: &Path) -> String {
 }
 
 /// Runs a pod with one container that reads first thing.
-fn first_read(containerd: &Containerd, name: &str, annotations: &[(&str, &str)]) -> (RunningPod, String) {
+fn first_read(
+    containerd: &Containerd,
+    name: &str,
+    annotations: &[(&str, &str)],
+) -> (RunningPod, String) {
     let mut pod = containerd.run(&PodSpec { name, annotations, containers: &[] });
     let (_, out) = containerd.start_script(&mut pod, "app", FIRST);
     let told = told(&out);
@@ -45,7 +51,8 @@ fn first_read(containerd: &Containerd, name: &str, annotations: &[(&str, &str)])
 }
 
 fn with_nri(release: Release) {
-    let (lxcfs, mut containerd, dir) = (Lxcfs::start(), Containerd::of(release, true), tempfile::tempdir().unwrap());
+    let (lxcfs, mut containerd, dir) =
+        (Lxcfs::start(), Containerd::of(release, true), tempfile::tempdir().unwrap());
     let mut agent = agent_of(dir.path(), &containerd, lxcfs.path(), &["--nri", "required"]);
     registered(&agent);
     for n in 0..5 {
@@ -64,7 +71,8 @@ fn with_nri(release: Release) {
     containerd.start_container(&mut pod, "sidecar", 0);
     assert!(views(&mountinfo(containerd.pid(&pod.containers["sidecar"]))).is_empty());
     // The runtime restarts: the plugin is there again.
-    let registered_so_far = |agent: &Running| agent.log().matches("before a container's first instruction").count();
+    let registered_so_far =
+        |agent: &Running| agent.log().matches("before a container's first instruction").count();
     containerd.down();
     containerd.up();
     let answers = std::time::Instant::now();
@@ -78,14 +86,18 @@ fn with_nri(release: Release) {
     assert!(!own(&told), "{told}");
     agent.signal(Signal::SIGCONT);
     let pid = containerd.pid(&hung.containers["app"]);
-    eventually("the view comes", || if views(&mountinfo(pid)).len() >= 9 { Ok(()) } else { Err(agent.log()) });
+    eventually("the view comes", || {
+        if views(&mountinfo(pid)).len() >= 9 { Ok(()) } else { Err(agent.log()) }
+    });
     // The agent is killed.
     agent.kill();
     let (killed, told) = first_read(&containerd, "agent-killed", IN);
     assert!(!own(&told), "{told}");
     let agent = agent_of(dir.path(), &containerd, lxcfs.path(), &[]);
     let pid = containerd.pid(&killed.containers["app"]);
-    eventually("the view comes", || if views(&mountinfo(pid)).len() >= 9 { Ok(()) } else { Err(agent.log()) });
+    eventually("the view comes", || {
+        if views(&mountinfo(pid)).len() >= 9 { Ok(()) } else { Err(agent.log()) }
+    });
     // No lxcfs: containers start at once.
     drop(lxcfs);
     registered(&agent);
@@ -113,9 +125,15 @@ fn without_nri_the_runtimes_events_bring_the_view() {
     eventually_true("it has listed", || agent.log().contains("agent begins"));
     std::thread::sleep(Duration::from_millis(500));
     for n in 0..5 {
-        let pod = containerd.run(&PodSpec { name: &format!("pod-{n}"), annotations: IN, containers: &["app"] });
+        let pod = containerd.run(&PodSpec {
+            name: &format!("pod-{n}"),
+            annotations: IN,
+            containers: &["app"],
+        });
         let pid = containerd.pid(&pod.containers["app"]);
-        eventually("the view comes", || if views(&mountinfo(pid)).len() >= 9 { Ok(()) } else { Err(agent.log()) });
+        eventually("the view comes", || {
+            if views(&mountinfo(pid)).len() >= 9 { Ok(()) } else { Err(agent.log()) }
+        });
     }
     let log = agent.log();
     assert_eq!(log.matches("view in place trigger=Cri").count(), 5, "{log}");
@@ -128,7 +146,17 @@ fn nri_that_is_required_and_not_there_is_an_error_and_else_it_is_quiet() {
     let socket = dir.path().join("nri.sock");
     let path = socket.to_str().unwrap();
     let cri = format!("unix://{}/none", dir.path().display());
-    let args = ["agent", "--listen", "127.0.0.1:0", "--pods-from", "cri", "--cri-endpoint", &cri, "--nri-socket", path];
+    let args = [
+        "agent",
+        "--listen",
+        "127.0.0.1:0",
+        "--pods-from",
+        "cri",
+        "--cri-endpoint",
+        &cri,
+        "--nri-socket",
+        path,
+    ];
     let refused = || {
         let ended = run(&[&args[..], &["--nri", "required"]].concat());
         assert_eq!(ended.status.code(), Some(1));
@@ -136,7 +164,10 @@ fn nri_that_is_required_and_not_there_is_an_error_and_else_it_is_quiet() {
         stderr(&ended).lines().rfind(|line| line.starts_with("error: ")).unwrap().to_owned()
     };
     let told = refused();
-    assert!(told.contains(&format!("NRI socket {path}: No such file")) && told.contains("--nri auto"), "{told}");
+    assert!(
+        told.contains(&format!("NRI socket {path}: No such file")) && told.contains("--nri auto"),
+        "{told}"
+    );
     // What listens there is none: it says nothing.
     let silent = std::os::unix::net::UnixListener::bind(&socket).unwrap();
     let told = refused();

@@ -1,11 +1,16 @@
-//! The state machine alone, and against a model: whatever comes in between, every container ends as the last wish asks for.
+//! The state machine alone, and against a model: after any sequence of inputs, every container has
+//! its last desired view.
 
 use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    pods::{self, Namespace},
-    policy::Annotations,
+    model::{
+        pod::{self, Annotations, Namespace},
+        view::{FileSet, ViewFile},
+    },
+    plan::Step,
+    sys::mountinfo::MountId,
 };
 
 const NAMES: [&str; 2] = ["a", "b"];
@@ -15,7 +20,10 @@ fn id(n: u32) -> ContainerId {
 }
 
 fn pod(uid: &str, inject: Option<&str>, ids: [Option<u32>; 2]) -> Pod {
-    let containers = NAMES.iter().zip(ids).map(|(name, n)| pods::Container { name: (*name).into(), id: n.map(id) });
+    let containers = NAMES
+        .iter()
+        .zip(ids)
+        .map(|(name, n)| pod::Container { name: (*name).into(), id: n.map(id) });
     Pod {
         uid: uid.into(),
         namespace: "ns".into(),
@@ -26,233 +34,267 @@ fn pod(uid: &str, inject: Option<&str>, ids: [Option<u32>; 2]) -> Pod {
 }
 
 fn listed(pods: Vec<Pod>) -> State {
-    let mut state = State::new(false, true, false);
-    state.update(Update::Namespaces(Vec::new()), Instant::now());
-    state.update(Update::Pods(pods), Instant::now());
+    let mut state = State::new(StateConfig { has_namespaces: true, ..StateConfig::default() });
+    state.update(Update::NamespacesReplaced(Vec::new()), Instant::now());
+    state.update(Update::PodsReplaced(pods), Instant::now());
     state
 }
 
-fn done(steps: impl IntoIterator<Item = Step>) -> Finished {
-    Finished::Done { done: steps.into_iter().collect(), left_out: Vec::new() }
+fn done(steps: impl IntoIterator<Item = Step>) -> Completion {
+    Completion::Applied { done: steps.into_iter().collect(), skipped: Vec::new() }
 }
 
-fn ids(due: &Due) -> Vec<String> {
-    let mut ids: Vec<String> = due.start.iter().map(|s| s.id.to_string()).collect();
+fn ids(actions: &Actions) -> Vec<String> {
+    let mut ids: Vec<String> = actions.start.iter().map(|s| s.id.to_string()).collect();
     ids.sort();
     ids
 }
 
 #[test]
-fn nothing_is_decided_before_pods_and_namespaces_are_listed() {
+fn decisions_wait_for_pods_and_namespaces() {
     let now = Instant::now();
-    let mut state = State::new(false, true, false);
-    state.update(Update::Pods(vec![pod("p", None, [Some(1), None])]), Instant::now());
-    assert_eq!(state.due(now), Due::default());
-    state.update(Update::Namespaces(vec![Namespace { name: "ns".into(), label: "true".into() }]), Instant::now());
-    assert!(state.due(now).find_lxcfs);
+    let mut state = State::new(StateConfig { has_namespaces: true, ..StateConfig::default() });
+    state.update(Update::PodsReplaced(vec![pod("p", None, [Some(1), None])]), Instant::now());
+    assert_eq!(state.poll_actions(now), Actions::default());
+    state.update(
+        Update::NamespacesReplaced(vec![Namespace { name: "ns".into(), label: "true".into() }]),
+        Instant::now(),
+    );
+    assert!(state.poll_actions(now).find_lxcfs);
     state.lxcfs_found(Ok(()), now);
-    assert_eq!(ids(&state.due(now)), ["id1"]);
+    assert_eq!(ids(&state.poll_actions(now)), ["id1"]);
 }
 
 #[test]
-fn the_last_wish_wins_and_a_pod_gets_one_event_of_a_kind() {
+fn last_desired_view_wins_with_one_event_per_reason() {
     let now = Instant::now();
     let mut state = listed(vec![pod("p", Some("true"), [Some(1), Some(2)])]);
-    assert!(state.due(now).find_lxcfs);
+    assert!(state.poll_actions(now).find_lxcfs);
     state.lxcfs_found(Ok(()), now);
-    assert_eq!(ids(&state.due(now)), ["id1", "id2"]);
-    state.finished(&id(1), done([Step::Inject(ViewFile::Meminfo)]), now);
-    assert_eq!(state.take_events(), [], "the other container is worked on still");
-    // The pod opts out while the second one is worked on: that one is begun again, not beside it.
-    state.update(Update::Pod(pod("p", Some("false"), [Some(1), Some(2)])), Instant::now());
-    assert_eq!(ids(&state.due(now)), ["id1"]);
-    state.finished(&id(1), done([Step::Remove(ViewFile::Meminfo, 7)]), now);
-    state.finished(&id(2), done([Step::Inject(ViewFile::Meminfo)]), now);
+    assert_eq!(ids(&state.poll_actions(now)), ["id1", "id2"]);
+    state.completed(&id(1), done([Step::Inject(ViewFile::Meminfo)]), now);
+    assert_eq!(state.take_events(), [], "the other container is in flight");
+    // The pod opts out while the second operation is in flight: the next one starts after it.
+    state.update(Update::PodApplied(pod("p", Some("false"), [Some(1), Some(2)])), Instant::now());
+    assert_eq!(ids(&state.poll_actions(now)), ["id1"]);
+    state.completed(&id(1), done([remove(ViewFile::Meminfo)]), now);
+    state.completed(&id(2), done([Step::Inject(ViewFile::Meminfo)]), now);
     let events = state.take_events();
     let reasons: Vec<Reason> = events.iter().map(|e| e.reason).collect();
     assert_eq!(reasons, [Reason::LxcfsInjected, Reason::LxcfsRemoved]);
-    assert_eq!(events[0].note, "view put into a: meminfo; b: meminfo");
-    assert_eq!(ids(&state.due(now)), ["id2"]);
-    state.finished(&id(2), done([Step::Remove(ViewFile::Meminfo, 7)]), now);
-    assert_eq!(state.due(now), Due::default());
-    assert_eq!(state.next(), None);
+    assert_eq!(events[0].note, "injected view files into a: meminfo; b: meminfo");
+    assert_eq!(ids(&state.poll_actions(now)), ["id2"]);
+    state.completed(&id(2), done([remove(ViewFile::Meminfo)]), now);
+    assert_eq!(state.poll_actions(now), Actions::default());
+    assert_eq!(state.poll_timeout(), None);
 }
 
 #[test]
-fn opt_outs_go_on_while_lxcfs_is_absent_or_swept_and_time_is_not_wasted() {
+fn opt_outs_proceed_without_lxcfs() {
     let now = Instant::now();
-    let mut state = listed(vec![pod("in", Some("true"), [Some(1), None]), pod("out", Some("false"), [Some(2), None])]);
-    state.sweeps();
-    let due = state.due(now);
-    assert_eq!((ids(&due), due.find_lxcfs), (vec!["id2".to_owned()], false));
-    assert_eq!(state.next(), None, "the end of the sweep is told");
-    state.swept();
-    assert!(state.due(now).find_lxcfs);
-    state.lxcfs_found(Err("away".into()), now);
-    assert_eq!(state.due(now), Due::default());
-    assert_eq!(state.next(), Some(now + LXCFS_RETRY.0));
-    // A failed operation whose time has come waits for lxcfs too, and does not make the loop spin.
-    state.finished(&id(2), Finished::Failed { done: Vec::new(), why: "no".into() }, now);
-    let later = now + LXCFS_RETRY.0;
-    let due = state.due(later);
-    assert_eq!((ids(&due), due.find_lxcfs), (vec!["id2".to_owned()], true));
-    assert_eq!(state.next(), None);
+    let mut state = listed(vec![
+        pod("in", Some("true"), [Some(1), None]),
+        pod("out", Some("false"), [Some(2), None]),
+    ]);
+    state.sweep_started();
+    let actions = state.poll_actions(now);
+    assert_eq!((ids(&actions), actions.find_lxcfs), (vec!["id2".to_owned()], false));
+    assert_eq!(state.poll_timeout(), None, "the end of the sweep is an input");
+    state.sweep_finished();
+    assert!(state.poll_actions(now).find_lxcfs);
+    state.lxcfs_found(Err("absent".into()), now);
+    assert_eq!(state.poll_actions(now), Actions::default());
+    assert_eq!(state.poll_timeout(), Some(now + LXCFS_RETRY.first));
+    // A failed operation that is due waits for lxcfs too, and does not make the loop spin.
+    state.completed(&id(2), Completion::Failed { done: Vec::new(), why: "no".into() }, now);
+    let later = now + LXCFS_RETRY.first;
+    let actions = state.poll_actions(later);
+    assert_eq!((ids(&actions), actions.find_lxcfs), (vec!["id2".to_owned()], true));
+    assert_eq!(state.poll_timeout(), None);
 }
 
 #[test]
-fn a_warning_is_told_once_and_again_only_when_it_changes() {
+fn repeated_warning_is_reported_once() {
     let mut now = Instant::now();
     let mut state = listed(vec![pod("p", Some("true"), [Some(1), None])]);
-    state.due(now);
+    state.poll_actions(now);
     state.lxcfs_found(Ok(()), now);
     for (why, events) in [("no", 1), ("no", 0), ("other", 1)] {
-        assert_eq!(ids(&state.due(now)), ["id1"]);
-        state.finished(&id(1), Finished::Failed { done: Vec::new(), why: why.into() }, now);
+        assert_eq!(ids(&state.poll_actions(now)), ["id1"]);
+        state.completed(&id(1), Completion::Failed { done: Vec::new(), why: why.into() }, now);
         assert_eq!(state.take_events().len(), events, "{why}");
-        now = state.next().unwrap();
+        now = state.poll_timeout().unwrap();
     }
 }
 
 #[test]
-fn with_adoption_an_operation_without_lxcfs_is_done_again_when_there_is_one() {
+fn adoption_repeats_an_operation_without_lxcfs() {
     let now = Instant::now();
-    let mut state = State::new(false, false, true);
-    state.update(Update::Pods(vec![pod("p", None, [Some(1), None])]), Instant::now());
-    let due = state.due(now);
-    assert_eq!((ids(&due), due.find_lxcfs), (vec!["id1".to_owned()], true));
+    let mut state = State::new(StateConfig { adopt: true, ..StateConfig::default() });
+    state.update(Update::PodsReplaced(vec![pod("p", None, [Some(1), None])]), Instant::now());
+    let actions = state.poll_actions(now);
+    assert_eq!((ids(&actions), actions.find_lxcfs), (vec!["id1".to_owned()], true));
     state.lxcfs_found(Ok(()), now);
-    state.finished(&id(1), done([]), now);
-    assert_eq!(ids(&state.due(now)), ["id1"]);
-    state.finished(&id(1), done([]), now);
-    assert_eq!(state.due(now), Due::default());
+    state.completed(&id(1), done([]), now);
+    assert_eq!(ids(&state.poll_actions(now)), ["id1"]);
+    state.completed(&id(1), done([]), now);
+    assert_eq!(state.poll_actions(now), Actions::default());
 }
 
-fn started(uid: &str, inject: Option<&str>, n: u32) -> Started {
+fn remove(file: ViewFile) -> Step {
+    Step::Remove { file, mount: MountId(7) }
+}
+
+fn started(uid: &str, inject: Option<&str>, n: u32) -> StartedContainer {
     let sandbox = Pod { containers: Vec::new(), ..pod(uid, inject, [None, None]) };
-    Started { pod: sandbox, name: "a".into(), id: id(n), pid: Some(42) }
+    StartedContainer { pod: sandbox, name: "a".into(), id: id(n), pid: Some(42) }
 }
 
 #[test]
-fn a_start_is_decided_before_anything_is_listed_and_the_watch_corrects_it() {
+fn start_is_decided_before_lists_and_watch_corrects() {
     let now = Instant::now();
-    let mut state = State::new(false, true, false);
-    state.update(Update::Started(started("in", Some("true"), 1), Trigger::Nri), now);
-    state.update(Update::Started(started("silent", None, 2), Trigger::Nri), now);
-    state.update(Update::Started(started("out", Some("false"), 3), Trigger::Nri), now);
-    assert!(state.pending(&id(1)) && !state.pending(&id(2)) && !state.pending(&id(3)));
-    assert!(state.due(now).find_lxcfs);
+    let mut state = State::new(StateConfig { has_namespaces: true, ..StateConfig::default() });
+    state.update(Update::ContainerStarted(started("in", Some("true"), 1), Trigger::Nri), now);
+    state.update(Update::ContainerStarted(started("silent", None, 2), Trigger::Nri), now);
+    state.update(Update::ContainerStarted(started("out", Some("false"), 3), Trigger::Nri), now);
+    assert!(state.is_pending(&id(1)) && !state.is_pending(&id(2)) && !state.is_pending(&id(3)));
+    assert!(state.poll_actions(now).find_lxcfs);
     state.lxcfs_found(Ok(()), now);
-    let due = state.due(now);
-    assert_eq!(ids(&due), ["id1"]);
-    assert_eq!((due.start[0].wish, due.start[0].pid), (Wish::Add(FileSet::ALL), Some(42)));
-    state.finished(&id(1), done([Step::Inject(ViewFile::Meminfo)]), now + Duration::from_millis(3));
-    assert!(!state.pending(&id(1)));
+    let actions = state.poll_actions(now);
+    assert_eq!(ids(&actions), ["id1"]);
+    assert_eq!(
+        (actions.start[0].desired, actions.start[0].pid),
+        (DesiredView::AtLeast(FileSet::ALL), Some(42))
+    );
+    state.completed(
+        &id(1),
+        done([Step::Inject(ViewFile::Meminfo)]),
+        now + Duration::from_millis(3),
+    );
+    assert!(!state.is_pending(&id(1)));
     assert_eq!(state.take_latencies(), [(Trigger::Nri, Duration::from_millis(3))]);
-    // Its annotation was changed since its sandbox was made.
-    state.update(Update::Namespaces(Vec::new()), now);
-    state.update(Update::Pods(vec![pod("in", Some("false"), [Some(1), None])]), now);
-    let due = state.due(now);
-    assert_eq!((ids(&due), due.start[0].wish), (vec!["id1".to_owned()], Wish::Nothing));
+    // Its annotation was changed after its sandbox was created.
+    state.update(Update::NamespacesReplaced(Vec::new()), now);
+    state.update(Update::PodsReplaced(vec![pod("in", Some("false"), [Some(1), None])]), now);
+    let actions = state.poll_actions(now);
+    assert_eq!(
+        (ids(&actions), actions.start[0].desired),
+        (vec!["id1".to_owned()], DesiredView::Absent)
+    );
 }
 
 #[test]
-fn one_start_is_one_operation_and_one_event_whoever_tells_of_it() {
+fn start_from_many_sources_is_one_operation() {
     let now = Instant::now();
     let mut state = listed(vec![pod("p", Some("true"), [None, None])]);
-    state.update(Update::Started(started("p", Some("true"), 1), Trigger::Cri), now);
-    state.due(now);
+    state.update(Update::ContainerStarted(started("p", Some("true"), 1), Trigger::Cri), now);
+    state.poll_actions(now);
     state.lxcfs_found(Ok(()), now);
-    assert_eq!(ids(&state.due(now)), ["id1"]);
-    state.update(Update::Started(started("p", Some("true"), 1), Trigger::Nri), now);
-    state.finished(&id(1), done([Step::Inject(ViewFile::Meminfo)]), now);
-    state.update(Update::Pod(pod("p", Some("true"), [Some(1), None])), now);
+    assert_eq!(ids(&state.poll_actions(now)), ["id1"]);
+    state.update(Update::ContainerStarted(started("p", Some("true"), 1), Trigger::Nri), now);
+    state.completed(&id(1), done([Step::Inject(ViewFile::Meminfo)]), now);
+    state.update(Update::PodApplied(pod("p", Some("true"), [Some(1), None])), now);
     let running = vec![started("p", Some("true"), 1)];
-    state.update(Update::Running { running, by: Trigger::Cri, asked: now }, now);
-    assert_eq!(state.due(now), Due::default());
+    state.update(
+        Update::ContainersListed { containers: running, trigger: Trigger::Cri, requested_at: now },
+        now,
+    );
+    assert_eq!(state.poll_actions(now), Actions::default());
     assert_eq!(state.take_events().len(), 1);
     assert_eq!(state.take_latencies().len(), 1);
 }
 
 #[test]
-fn what_has_ended_before_the_watch_told_of_it_is_forgotten() {
+fn container_stopped_before_the_watch_is_removed() {
     let now = Instant::now();
     let mut state = listed(Vec::new());
     for n in 1..=3 {
-        state.update(Update::Started(started("p", Some("true"), n), Trigger::Nri), now);
+        state.update(Update::ContainerStarted(started("p", Some("true"), n), Trigger::Nri), now);
     }
-    state.update(Update::Ended(id(1)), now);
-    // A list from before the start says nothing of it; the one after it does.
-    let list = |asked| Update::Running { running: vec![started("p", Some("true"), 3)], by: Trigger::Nri, asked };
+    state.update(Update::ContainerStopped(id(1)), now);
+    // A list from before the start value nothing of it; the one after it does.
+    let list = |requested_at| Update::ContainersListed {
+        containers: vec![started("p", Some("true"), 3)],
+        trigger: Trigger::Nri,
+        requested_at,
+    };
     state.update(list(now), now);
-    assert_eq!(state.early.len(), 2);
+    assert_eq!(state.unconfirmed.len(), 2);
     state.update(list(now + Duration::from_millis(1)), now);
-    assert_eq!(state.early.len(), 1);
-    state.due(now);
+    assert_eq!(state.unconfirmed.len(), 1);
+    state.poll_actions(now);
     state.lxcfs_found(Ok(()), now);
-    assert_eq!(ids(&state.due(now)), ["id3"]);
-    state.finished(&id(3), Finished::Later, now);
-    state.update(Update::Ended(id(3)), now);
-    assert_eq!(state.next(), None);
-    assert!(state.pods.is_empty() && state.containers.is_empty() && state.early.is_empty());
+    assert_eq!(ids(&state.poll_actions(now)), ["id3"]);
+    state.completed(&id(3), Completion::NotRunning, now);
+    state.update(Update::ContainerStopped(id(3)), now);
+    assert_eq!(state.poll_timeout(), None);
+    assert!(state.pods.is_empty() && state.containers.is_empty() && state.unconfirmed.is_empty());
 }
 
-/// What can happen, in any order.
+/// An input, in any order.
 #[derive(Clone, Debug)]
-enum Happens {
+enum Input {
     Annotate(usize, Option<&'static str>),
     Label(Option<&'static str>),
-    /// The watch alone tells.
+    /// Only the watch reports it.
     Restart(usize, usize),
-    /// The runtime tells, and the watch does not yet.
+    /// The runtime reports it, the watch not yet.
     Starts(usize, usize, Trigger),
-    /// The watch tells of a pod.
-    Told(usize),
-    /// The runtime tells of all.
+    /// The watch reports a pod.
+    Watched(usize),
+    /// The runtime lists its containers.
     Listed,
     Stop(usize, usize),
     Delete(usize),
     Relist,
     Found(bool),
     Changed,
-    Sweep,
-    Swept,
-    Ends(usize, How),
+    SweepStarted,
+    SweepFinished,
+    Completes(usize, How),
     Passes(u64),
 }
 
 #[derive(Clone, Copy, Debug)]
 enum How {
-    Done,
+    Applied,
     Failed,
-    Hangs,
-    Later,
+    TimedOut,
+    NotRunning,
 }
 
-fn happens() -> impl Strategy<Value = Happens> {
-    let says = || proptest::sample::select(vec![None, Some("true"), Some("false"), Some("rubbish")]);
-    let how = proptest::sample::select(vec![How::Done, How::Done, How::Failed, How::Hangs, How::Later]);
+fn input() -> impl Strategy<Value = Input> {
+    let value =
+        || proptest::sample::select(vec![None, Some("true"), Some("false"), Some("rubbish")]);
+    let how = proptest::sample::select(vec![
+        How::Applied,
+        How::Applied,
+        How::Failed,
+        How::TimedOut,
+        How::NotRunning,
+    ]);
     prop_oneof![
-        3 => (0..3usize, says()).prop_map(|(pod, says)| Happens::Annotate(pod, says)),
-        1 => says().prop_map(Happens::Label),
-        2 => (0..3usize, 0..2usize).prop_map(|(pod, c)| Happens::Restart(pod, c)),
+        3 => (0..3usize, value()).prop_map(|(pod, value)| Input::Annotate(pod, value)),
+        1 => value().prop_map(Input::Label),
+        2 => (0..3usize, 0..2usize).prop_map(|(pod, c)| Input::Restart(pod, c)),
         3 => (0..3usize, 0..2usize, any::<bool>()).prop_map(|(pod, c, nri)| {
-            Happens::Starts(pod, c, if nri { Trigger::Nri } else { Trigger::Cri })
+            Input::Starts(pod, c, if nri { Trigger::Nri } else { Trigger::Cri })
         }),
-        2 => (0..3usize).prop_map(Happens::Told),
-        1 => Just(Happens::Listed),
-        1 => (0..3usize, 0..2usize).prop_map(|(pod, c)| Happens::Stop(pod, c)),
-        1 => (0..3usize).prop_map(Happens::Delete),
-        1 => Just(Happens::Relist),
-        3 => any::<bool>().prop_map(Happens::Found),
-        1 => Just(Happens::Changed),
-        1 => Just(Happens::Sweep),
-        1 => Just(Happens::Swept),
-        6 => (0..8usize, how).prop_map(|(n, how)| Happens::Ends(n, how)),
-        2 => (0..3000u64).prop_map(Happens::Passes),
+        2 => (0..3usize).prop_map(Input::Watched),
+        1 => Just(Input::Listed),
+        1 => (0..3usize, 0..2usize).prop_map(|(pod, c)| Input::Stop(pod, c)),
+        1 => (0..3usize).prop_map(Input::Delete),
+        1 => Just(Input::Relist),
+        3 => any::<bool>().prop_map(Input::Found),
+        1 => Just(Input::Changed),
+        1 => Just(Input::SweepStarted),
+        1 => Just(Input::SweepFinished),
+        6 => (0..8usize, how).prop_map(|(n, how)| Input::Completes(n, how)),
+        2 => (0..3000u64).prop_map(Input::Passes),
     ]
 }
 
-/// A node as the agent's loop meets it: containers with views, operations on their way, an lxcfs with generations.
+/// A model of a node: containers with views, operations in flight, an lxcfs with generations.
 struct Node {
     state: State,
     now: Instant,
@@ -261,7 +303,7 @@ struct Node {
     ids: u32,
     /// The lxcfs and the files of each view.
     views: HashMap<ContainerId, (u32, FileSet)>,
-    running: Vec<(Start, u32)>,
+    running: Vec<(Operation, u32)>,
     generation: u32,
     finding: bool,
     serves: bool,
@@ -271,7 +313,7 @@ struct Node {
 impl Node {
     fn new() -> Node {
         let mut node = Node {
-            state: State::new(false, true, false),
+            state: State::new(StateConfig { has_namespaces: true, ..StateConfig::default() }),
             now: Instant::now(),
             pods: [None, None, None],
             label: None,
@@ -283,97 +325,113 @@ impl Node {
             serves: false,
             sweeps: 0,
         };
-        node.state.update(Update::Namespaces(Vec::new()), Instant::now());
+        node.state.update(Update::NamespacesReplaced(Vec::new()), Instant::now());
         node.relist();
         node
     }
 
     fn relist(&mut self) {
-        self.state.update(Update::Pods(self.pods.iter().flatten().cloned().collect()), self.now);
+        self.state
+            .update(Update::PodsReplaced(self.pods.iter().flatten().cloned().collect()), self.now);
     }
 
-    /// Changes a pod, which is made if it is not there, and tells it.
+    /// Changes a pod, which is created if it is absent, and reports it.
     fn change(&mut self, n: usize, change: impl FnOnce(&mut Pod)) {
         let uid = format!("{n}-{}", self.ids);
         let pod = self.pods[n].get_or_insert_with(|| pod(&uid, None, [None, None]));
         change(pod);
-        self.state.update(Update::Pod(pod.clone()), self.now);
+        self.state.update(Update::PodApplied(pod.clone()), self.now);
     }
 
-    fn happens(&mut self, what: &Happens) {
-        match *what {
-            Happens::Annotate(n, says) => self.change(n, |pod| pod.annotations.inject = says.map(Into::into)),
-            Happens::Label(says) => {
-                self.label = says;
-                let update = match says {
-                    Some(says) => Update::Namespace(Namespace { name: "ns".into(), label: says.into() }),
-                    None => Update::NamespaceGone("ns".into()),
+    fn apply(&mut self, input: &Input) {
+        match *input {
+            Input::Annotate(n, value) => {
+                self.change(n, |pod| pod.annotations.inject = value.map(Into::into))
+            }
+            Input::Label(value) => {
+                self.label = value;
+                let update = match value {
+                    Some(value) => Update::NamespaceApplied(Namespace {
+                        name: "ns".into(),
+                        label: value.into(),
+                    }),
+                    None => Update::NamespaceDeleted("ns".into()),
                 };
                 self.state.update(update, self.now);
             }
-            Happens::Restart(n, c) => {
+            Input::Restart(n, c) => {
                 self.ids += 1;
                 let new = id(self.ids);
                 self.change(n, |pod| pod.containers[c].id = Some(new));
             }
-            Happens::Starts(n, c, trigger) => {
+            Input::Starts(n, c, trigger) => {
                 self.ids += 1;
                 let new = id(self.ids);
                 let uid = format!("{n}-{}", self.ids);
                 let pod = self.pods[n].get_or_insert_with(|| pod(&uid, None, [None, None]));
                 pod.containers[c].id = Some(new.clone());
                 let sandbox = Pod { containers: Vec::new(), ..pod.clone() };
-                let started = Started { pod: sandbox, name: NAMES[c].into(), id: new, pid: Some(7) };
-                self.state.update(Update::Started(started.clone(), trigger), self.now);
-                // Others tell of it too.
-                self.state.update(Update::Started(started, Trigger::Cri), self.now);
+                let started =
+                    StartedContainer { pod: sandbox, name: NAMES[c].into(), id: new, pid: Some(7) };
+                self.state.update(Update::ContainerStarted(started.clone(), trigger), self.now);
+                // Another source reports it too.
+                self.state.update(Update::ContainerStarted(started, Trigger::Cri), self.now);
             }
-            Happens::Told(n) => self.change(n, |_| ()),
-            Happens::Stop(n, c) => {
+            Input::Watched(n) => self.change(n, |_| ()),
+            Input::Stop(n, c) => {
                 if let Some(Pod { containers, .. }) = &mut self.pods[n]
                     && let Some(id) = containers[c].id.take()
                 {
-                    self.state.update(Update::Ended(id), self.now);
+                    self.state.update(Update::ContainerStopped(id), self.now);
                 }
             }
-            Happens::Listed => {
+            Input::Listed => {
                 let running = self.pods.iter().flatten().flat_map(|pod| {
                     let sandbox = Pod { containers: Vec::new(), ..pod.clone() };
                     pod.containers.iter().filter_map(move |c| {
                         let (pod, name) = (sandbox.clone(), c.name.clone());
-                        Some(Started { pod, name, id: c.id.clone()?, pid: None })
+                        Some(StartedContainer { pod, name, id: c.id.clone()?, pid: None })
                     })
                 });
                 let running = running.collect();
-                // Asked for after whatever came before.
-                let asked = self.now + Duration::from_nanos(1);
-                self.state.update(Update::Running { running, by: Trigger::Nri, asked }, self.now);
+                // Requested after all earlier inputs.
+                let requested_at = self.now + Duration::from_nanos(1);
+                self.state.update(
+                    Update::ContainersListed {
+                        containers: running,
+                        trigger: Trigger::Nri,
+                        requested_at,
+                    },
+                    self.now,
+                );
             }
-            Happens::Delete(n) => {
+            Input::Delete(n) => {
                 self.ids += 1;
                 if let Some(pod) = self.pods[n].take() {
-                    self.state.update(Update::PodGone(pod.uid), self.now);
+                    self.state.update(Update::PodDeleted(pod.uid), self.now);
                 }
             }
-            Happens::Relist => self.relist(),
-            Happens::Found(found) => self.found(found),
-            Happens::Changed => {
+            Input::Relist => self.relist(),
+            Input::Found(found) => self.found(found),
+            Input::Changed => {
                 self.generation += 1;
                 self.serves = false;
                 self.finding = false;
                 self.state.lxcfs_changed();
             }
-            Happens::Sweep => {
+            Input::SweepStarted => {
                 self.sweeps += 1;
-                self.state.sweeps();
+                self.state.sweep_started();
             }
-            Happens::Swept if self.sweeps > 0 => {
+            Input::SweepFinished if self.sweeps > 0 => {
                 self.sweeps -= 1;
-                self.state.swept();
+                self.state.sweep_finished();
             }
-            Happens::Ends(n, how) if !self.running.is_empty() => self.ends(n % self.running.len(), how),
-            Happens::Passes(ms) => self.now += Duration::from_millis(ms),
-            Happens::Swept | Happens::Ends(..) => {}
+            Input::Completes(n, how) if !self.running.is_empty() => {
+                self.complete(n % self.running.len(), how)
+            }
+            Input::Passes(ms) => self.now += Duration::from_millis(ms),
+            Input::SweepFinished | Input::Completes(..) => {}
         }
         self.turn();
     }
@@ -381,80 +439,99 @@ impl Node {
     fn found(&mut self, found: bool) {
         if std::mem::take(&mut self.finding) {
             self.serves = found;
-            self.state.lxcfs_found(if found { Ok(()) } else { Err("away".into()) }, self.now);
+            self.state.lxcfs_found(if found { Ok(()) } else { Err("absent".into()) }, self.now);
         }
     }
 
-    fn ends(&mut self, n: usize, how: How) {
-        let (Start { id, wish, .. }, generation) = self.running[n].clone();
+    fn complete(&mut self, n: usize, how: How) {
+        let (Operation { id, desired, .. }, generation) = self.running[n].clone();
         let finished = match how {
-            How::Done => {
-                match wish {
-                    Wish::Files(files) | Wish::Add(files) => drop(self.views.insert(id.clone(), (generation, files))),
-                    _ => drop(self.views.remove(&id)),
+            How::Applied => {
+                match desired {
+                    DesiredView::Exactly(files) | DesiredView::AtLeast(files) => {
+                        self.views.insert(id.clone(), (generation, files));
+                    }
+                    _ => {
+                        self.views.remove(&id);
+                    }
                 }
                 done([])
             }
-            How::Failed => Finished::Failed { done: Vec::new(), why: "no".into() },
-            How::Hangs => return self.state.finished(&id, Finished::Hangs { why: "hangs".into() }, self.now),
-            How::Later => Finished::Later,
+            How::Failed => Completion::Failed { done: Vec::new(), why: "no".into() },
+            How::TimedOut => {
+                return self.state.completed(
+                    &id,
+                    Completion::TimedOut { why: "hangs".into() },
+                    self.now,
+                );
+            }
+            How::NotRunning => Completion::NotRunning,
         };
         self.running.remove(n);
-        self.state.finished(&id, finished, self.now);
+        self.state.completed(&id, finished, self.now);
     }
 
-    /// What the agent's loop does between two things that happen.
+    /// What the agent's loop does between two inputs.
     fn turn(&mut self) {
-        let due = self.state.due(self.now);
-        if due.find_lxcfs {
-            assert!(!self.finding, "it is looked for once at a time");
+        let actions = self.state.poll_actions(self.now);
+        if actions.find_lxcfs {
+            assert!(!self.finding, "one search at a time");
             self.finding = true;
         }
-        for start in due.start {
-            assert!(self.running.iter().all(|(running, _)| running.id != start.id), "two operations on {}", start.id);
-            assert_ne!(start.wish, Wish::Keep);
-            assert!(start.wish == Wish::Nothing || (self.serves && self.sweeps == 0), "{start:?} without an lxcfs");
+        for start in actions.start {
+            assert!(
+                self.running.iter().all(|(running, _)| running.id != start.id),
+                "two operations on {}",
+                start.id
+            );
+            assert_ne!(start.desired, DesiredView::Unmanaged);
+            assert!(
+                start.desired == DesiredView::Absent || (self.serves && self.sweeps == 0),
+                "{start:?} without an lxcfs"
+            );
             self.running.push((start, self.generation));
         }
-        if self.state.running() == 0 && self.serves {
+        if self.state.in_flight() == 0 && self.serves {
             self.serves = false;
             self.state.lxcfs_released();
         }
-        assert!(self.state.next().is_none_or(|at| at > self.now), "the loop would spin");
-        assert_eq!(self.state.running(), self.running.len());
+        assert!(self.state.poll_timeout().is_none_or(|at| at > self.now), "the loop would spin");
+        assert_eq!(self.state.in_flight(), self.running.len());
     }
 
-    /// Lets everything that is on its way come to its end, and the runtime and then the watch tell of everything.
-    fn settles(&mut self) {
-        self.happens(&Happens::Listed);
-        self.happens(&Happens::Relist);
+    /// Completes everything in flight; the runtime and then the watch report everything.
+    fn settle(&mut self) {
+        self.apply(&Input::Listed);
+        self.apply(&Input::Relist);
         while self.sweeps > 0 {
-            self.happens(&Happens::Swept);
+            self.apply(&Input::SweepFinished);
         }
         for _ in 0..1000 {
             if self.finding {
                 self.found(true);
             } else if !self.running.is_empty() {
-                self.ends(0, How::Done);
-            } else if let Some(at) = self.state.next() {
+                self.complete(0, How::Applied);
+            } else if let Some(at) = self.state.poll_timeout() {
                 self.now = at;
             } else {
                 return;
             }
             self.turn();
         }
-        panic!("it does not come to rest");
+        panic!("it does not become idle");
     }
 
-    fn is_as_wished(&self) {
+    fn assert_desired(&self) {
         for pod in self.pods.iter().flatten() {
-            let wishes = policy::wishes(&pod.annotations, self.label, false, &NAMES);
+            let decision = policy::decide(&pod.annotations, self.label, false, &NAMES);
             for container in &pod.containers {
                 let Some(id) = &container.id else { continue };
                 let view = self.views.get(id);
-                match wishes.by_container[&container.name] {
-                    Wish::Files(files) => assert_eq!(view, Some(&(self.generation, files)), "{id}"),
-                    Wish::Nothing => assert_eq!(view, None, "{id}"),
+                match decision.by_container[&container.name] {
+                    DesiredView::Exactly(files) => {
+                        assert_eq!(view, Some(&(self.generation, files)), "{id}")
+                    }
+                    DesiredView::Absent => assert_eq!(view, None, "{id}"),
                     _ => {}
                 }
             }
@@ -466,11 +543,11 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn whatever_comes_in_between_the_last_wish_wins(all in proptest::collection::vec(happens(), 0..60)) {
+    fn state_machine_reaches_last_desired_view(inputs in proptest::collection::vec(input(), 0..60)) {
         let mut node = Node::new();
-        all.iter().for_each(|what| node.happens(what));
-        node.settles();
-        node.is_as_wished();
-        prop_assert!(node.state.early.is_empty(), "{:?}", node.state.early);
+        inputs.iter().for_each(|input| node.apply(input));
+        node.settle();
+        node.assert_desired();
+        prop_assert!(node.state.unconfirmed.is_empty(), "{:?}", node.state.unconfirmed);
     }
 }

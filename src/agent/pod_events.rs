@@ -1,0 +1,93 @@
+//! What happened to a pod's containers, collected into at most one event of each reason.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    model::{
+        pod::Pod,
+        status::Operation,
+        view::{FileSet, ViewFile},
+    },
+    plan::{SkipReason, Step},
+    telemetry::events::{PodEvent, PodRef, Reason},
+};
+
+/// The events to come of one pod, by container name.
+#[derive(Debug, Default)]
+pub(super) struct PodReport {
+    injected: BTreeMap<String, FileSet>,
+    removed: BTreeMap<String, FileSet>,
+    remounted: BTreeMap<String, FileSet>,
+    skipped: BTreeMap<String, Vec<String>>,
+    failed: BTreeMap<String, String>,
+    unsupported: BTreeMap<String, String>,
+}
+
+impl PodReport {
+    pub(super) fn add_steps(&mut self, container: &str, done: &[Step]) {
+        for step in done {
+            let files = match step.operation() {
+                Operation::Inject => &mut self.injected,
+                Operation::Remove => &mut self.removed,
+                Operation::Remount => &mut self.remounted,
+            };
+            files.entry(container.to_owned()).or_default().insert(step.file());
+        }
+    }
+
+    pub(super) fn add_skipped(&mut self, container: &str, skipped: &[(ViewFile, SkipReason)]) {
+        self.skipped.insert(container.to_owned(), skipped.iter().map(describe_skipped).collect());
+    }
+
+    pub(super) fn add_failed(&mut self, container: &str, why: String) {
+        self.failed.insert(container.to_owned(), why);
+    }
+
+    pub(super) fn add_unsupported(&mut self, container: &str, why: String) {
+        self.unsupported.insert(container.to_owned(), why);
+    }
+
+    /// The events on `pod`.
+    pub(super) fn into_events(self, pod: &Pod) -> impl Iterator<Item = PodEvent> + use<> {
+        let skipped =
+            self.skipped.iter().map(|(c, files)| format!("; skipped in {c}: {}", files.join(", ")));
+        let skipped: String = skipped.collect();
+        let files = |verb: &str, changed: &BTreeMap<String, FileSet>| {
+            let each = changed.iter().map(|(c, files)| format!("{c}: {files}"));
+            format!("{verb} {}", each.collect::<Vec<_>>().join("; "))
+        };
+        let causes = |failures: &BTreeMap<String, String>| {
+            failures.iter().map(|(c, why)| format!("{c}: {why}")).collect::<Vec<_>>().join("; ")
+        };
+        let mut events = Vec::new();
+        if !self.injected.is_empty() {
+            events.push((
+                Reason::LxcfsInjected,
+                files("injected view files into", &self.injected) + &skipped,
+            ));
+        }
+        if !self.remounted.is_empty() {
+            events
+                .push((Reason::LxcfsRemounted, files("remounted view files in", &self.remounted)));
+        }
+        if !self.removed.is_empty() {
+            events.push((Reason::LxcfsRemoved, files("removed view files from", &self.removed)));
+        }
+        if !self.failed.is_empty() {
+            events.push((Reason::LxcfsInjectFailed, causes(&self.failed)));
+        }
+        if !self.unsupported.is_empty() {
+            events.push((Reason::LxcfsUnsupportedRuntime, causes(&self.unsupported)));
+        }
+        let pod = reference(pod);
+        events.into_iter().map(move |(reason, note)| PodEvent { pod: pod.clone(), reason, note })
+    }
+}
+
+pub(super) fn describe_skipped((file, why): &(ViewFile, SkipReason)) -> String {
+    format!("{file} ({why})")
+}
+
+pub(super) fn reference(pod: &Pod) -> PodRef {
+    PodRef { uid: pod.uid.clone(), namespace: pod.namespace.clone(), name: pod.name.clone() }
+}

@@ -1,0 +1,211 @@
+//! The agent's effects, each a spawned task that reports to the loop with a [`Message`].
+
+use std::{
+    collections::HashSet,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::{Semaphore, mpsc};
+
+use super::{
+    MAX_CONCURRENT, Message,
+    state::{Completion, Operation},
+};
+use crate::{
+    lxcfs::{self, Finder},
+    model::{status::Operation as OperationKind, view::FileSet},
+    mount::{self, JobTimeout, LxcfsFiles, Outcome, Task, WorkError, Workers},
+    node::{self, PassSummary},
+    runtime::{self, Runtime},
+    sys::{mountinfo::Dev, process::ProcessError},
+};
+
+/// What an operation uses.
+#[derive(Clone)]
+pub(super) struct Reconciler {
+    workers: Workers,
+    runtime: Runtime,
+    finder: Finder,
+    adopt: bool,
+    permits: Arc<Semaphore>,
+    tx: mpsc::Sender<Message>,
+}
+
+impl Reconciler {
+    pub(super) fn new(
+        workers: Workers,
+        runtime: Runtime,
+        finder: Finder,
+        adopt: bool,
+        tx: mpsc::Sender<Message>,
+    ) -> Reconciler {
+        Reconciler {
+            workers,
+            runtime,
+            finder,
+            adopt,
+            permits: Arc::new(Semaphore::new(MAX_CONCURRENT)),
+            tx,
+        }
+    }
+
+    /// Reconciles one container.
+    pub(super) fn spawn(&self, operation: Operation, lxcfs: Option<Arc<LxcfsFiles>>) {
+        let Reconciler { workers, runtime, adopt, permits, tx, .. } = self.clone();
+        tokio::spawn(async move {
+            let Operation { id, desired, name, pid } = operation;
+            let permit = permits.acquire_owned().await;
+            let started = Instant::now();
+            tracing::debug!(container = name, %id, ?desired, "operation started");
+            let task = Task::Reconcile { desired, lxcfs, adopt };
+            let (completion, pending) = match runtime.process(&id, pid).await {
+                Err(e) => (e.into(), None),
+                Ok(process) => match mount::reconcile(&workers, process, task).await {
+                    Ok(reconciled) => (reconciled.into(), None),
+                    Err(JobTimeout { error, result }) => {
+                        (Completion::TimedOut { why: error.to_string() }, Some(result))
+                    }
+                },
+            };
+            log_changes(&name, &completion, started.elapsed());
+            // A hung operation holds no permit.
+            drop(permit);
+            let elapsed = started.elapsed();
+            let _ = tx
+                .send(Message::OperationFinished { id: id.clone(), desired, completion, elapsed })
+                .await;
+            let completion = match pending {
+                None => return,
+                Some(Some(result)) => match result.await {
+                    Ok(reconciled) => complete_late(reconciled),
+                    Err(_) => Completion::Failed {
+                        done: Vec::new(),
+                        why: WorkError::Panicked.to_string(),
+                    },
+                },
+                // It was not started, or it panicked.
+                Some(None) => Completion::NotRunning,
+            };
+            tracing::debug!(container = name, ?completion, elapsed = ?started.elapsed(), "hung operation finished");
+            let elapsed = started.elapsed();
+            let _ = tx.send(Message::OperationFinished { id, desired, completion, elapsed }).await;
+        });
+    }
+
+    /// Searches for the serving lxcfs.
+    pub(super) fn find_lxcfs(&self, generation: u64) {
+        let Reconciler { workers, finder, tx, .. } = self.clone();
+        tokio::spawn(async move {
+            let found = finder.find(&workers).await;
+            let _ = tx.send(Message::LxcfsFound { generation, found }).await;
+        });
+    }
+
+    /// Removes the view files of this lxcfs from every container.
+    pub(super) fn sweep(&self, dev: Dev) {
+        let Reconciler { workers, finder, tx, .. } = self.clone();
+        tokio::spawn(async move {
+            // The kernel gives a device number to another lxcfs as soon as no mount of the first is
+            // left, and not before.
+            if lxcfs::identify(finder.path()).is_none_or(|serving| serving.dev != dev) {
+                log_sweep(node::sweep(&workers, HashSet::from([dev])).await);
+            }
+            let _ = tx.send(Message::SweepFinished).await;
+        });
+    }
+
+    /// Removes the view files of every lxcfs that has exited, and of the one at the lxcfs path if
+    /// it hangs.
+    pub(super) fn sweep_dead(&self) {
+        let Reconciler { workers, finder, tx, .. } = self.clone();
+        tokio::spawn(async move {
+            let hangs = matches!(finder.find(&workers).await, Err(lxcfs::Error::Hung { .. }));
+            let hung =
+                lxcfs::identify(finder.path()).filter(|_| hangs).map(|identity| identity.dev);
+            log_sweep(node::sweep_dead(&workers, hung).await);
+            let _ = tx.send(Message::SweepFinished).await;
+        });
+    }
+
+    /// Sends [`Message::SweepDue`] after `delay`.
+    pub(super) fn sweep_later(&self, dev: Dev, delay: Duration) {
+        let tx = self.tx.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(delay).await;
+            let _ = tx.send(Message::SweepDue(dev)).await;
+        });
+    }
+}
+
+impl From<runtime::Error> for Completion {
+    fn from(e: runtime::Error) -> Completion {
+        match e {
+            // The container stops, or the runtime is unavailable, which the log reports. Neither is
+            // a failure of the pod.
+            runtime::Error::NotRunning(_)
+            | runtime::Error::Cri(_)
+            | runtime::Error::Process(ProcessError::NotFound(_)) => {
+                tracing::debug!("{e}");
+                Completion::NotRunning
+            }
+            runtime::Error::GuestKernel { .. } => Completion::Unsupported { why: e.to_string() },
+            e => Completion::Failed { done: Vec::new(), why: e.to_string() },
+        }
+    }
+}
+
+impl From<Result<Outcome, mount::Error>> for Completion {
+    fn from(reconciled: Result<Outcome, mount::Error>) -> Completion {
+        match reconciled {
+            Ok(Outcome { done, skipped }) => Completion::Applied { done, skipped },
+            Err(mount::Error::ProcessExited(_) | mount::Error::LxcfsUnmounted) => {
+                Completion::NotRunning
+            }
+            Err(e @ (mount::Error::HostNamespace(_) | mount::Error::OwnNamespace(_))) => {
+                Completion::Unsupported { why: e.to_string() }
+            }
+            Err(e) => Completion::Failed { why: e.to_string(), done: e.into_outcome().done },
+        }
+    }
+}
+
+/// The completion of an operation that hung. What is desired may have changed since, so the
+/// container is reconciled again.
+fn complete_late(reconciled: Result<Outcome, mount::Error>) -> Completion {
+    match reconciled.into() {
+        Completion::Applied { done, .. } => {
+            Completion::Failed { done, why: "finished after its deadline".into() }
+        }
+        other => other,
+    }
+}
+
+/// One line in the log for each kind of change of a container.
+fn log_changes(container: &str, completion: &Completion, elapsed: Duration) {
+    tracing::debug!(container, ?completion, ?elapsed, "operation finished");
+    let (Completion::Applied { done, .. } | Completion::Failed { done, .. }) = completion else {
+        return;
+    };
+    for (operation, kind, message) in [
+        ("inject", OperationKind::Inject, "view injected"),
+        ("remount", OperationKind::Remount, "view remounted"),
+        ("remove", OperationKind::Remove, "view removed"),
+    ] {
+        let files: FileSet =
+            done.iter().filter(|step| step.operation() == kind).map(|step| step.file()).collect();
+        if !files.is_empty() {
+            tracing::info!(operation, container, %files, ?elapsed, "{message}");
+        }
+    }
+}
+
+fn log_sweep(swept: std::io::Result<PassSummary>) {
+    match swept {
+        Ok(summary) if summary.files > 0 => {
+            tracing::info!(swept_files = summary.files, %summary, "removed views of an exited lxcfs");
+        }
+        Ok(_) => {}
+        Err(e) => tracing::warn!("failed to sweep the node: {e}"),
+    }
+}

@@ -1,0 +1,174 @@
+//! One container as the agent's state sees it.
+
+use std::time::{Duration, Instant};
+
+use super::{CONTAINER_RETRY, Completion};
+use crate::{
+    agent::pod_events::{PodReport, describe_skipped},
+    model::container_id::ContainerId,
+    model::{
+        pod::{Pod, Trigger},
+        status::{ContainerState, ContainerStatus, DesiredStatus},
+        view::FileSet,
+    },
+    plan::{DesiredView, Step},
+};
+
+#[derive(Debug)]
+pub(super) struct Container {
+    /// The uid of its pod.
+    pub(super) pod: String,
+    pub(super) name: String,
+    /// As in [`super::StateConfig`].
+    pub(super) adopt: bool,
+    pub(super) desired: DesiredView,
+    /// The desired view that was last reached.
+    pub(super) applied: Option<DesiredView>,
+    /// The desired view of the operation that runs.
+    pub(super) in_flight: Option<DesiredView>,
+    /// The operation that runs does not count, because lxcfs changed since its start.
+    pub(super) dirty: bool,
+    /// With adoption: its last operation had no lxcfs, so another follows when there is one.
+    pub(super) adoption_pending: bool,
+    /// The number of retries so far, and the time of the next.
+    pub(super) retry: Option<(u32, Instant)>,
+    /// The last error that an event reported, so that retries do not repeat it.
+    pub(super) reported_error: Option<String>,
+    /// Its first process, where the runtime reported it.
+    pub(super) pid: Option<i64>,
+    /// The source that first reported the desired view, and when; until the view is injected.
+    pub(super) triggered: Option<(Trigger, Instant)>,
+}
+
+impl Container {
+    /// Whether an operation is to start.
+    pub(super) fn needs_reconcile(&self) -> bool {
+        let reached = (self.desired == DesiredView::Unmanaged && !self.adopt)
+            || self.applied == Some(self.desired);
+        self.in_flight.is_none() && !reached
+    }
+
+    /// Whether an operation needs the serving lxcfs; a removal does not.
+    pub(super) fn needs_lxcfs(&self) -> bool {
+        !matches!(self.desired, DesiredView::Absent | DesiredView::Unmanaged)
+    }
+
+    /// Has the container reconciled again. An operation that runs may have used outdated facts, so
+    /// another follows it.
+    pub(super) fn requeue(&mut self) {
+        self.applied = None;
+        self.retry = None;
+        self.dirty = self.in_flight.is_some();
+    }
+
+    fn schedule_retry(&mut self, now: Instant) {
+        let attempt = self.retry.map_or(0, |(attempt, _)| attempt);
+        self.retry = Some((attempt + 1, now + CONTAINER_RETRY.delay(attempt)));
+        self.applied = None;
+    }
+
+    fn set_applied(&mut self, desired: DesiredView) {
+        self.applied = Some(desired);
+        self.retry = None;
+    }
+
+    /// Takes the completion of the operation for `desired`, and adds to the report of the pod.
+    /// Returns the latency of a view that it injected.
+    pub(super) fn complete(
+        &mut self,
+        desired: DesiredView,
+        completion: Completion,
+        report: &mut PodReport,
+        now: Instant,
+    ) -> Option<(Trigger, Duration)> {
+        let mut latency = None;
+        match completion {
+            Completion::Applied { done, skipped } => {
+                report.add_steps(&self.name, &done);
+                if let Some((trigger, at)) = self.triggered.take()
+                    && done.iter().any(|step| matches!(step, Step::Inject(_)))
+                {
+                    latency = Some((trigger, now.saturating_duration_since(at)));
+                }
+                let nothing = done.is_empty()
+                    && matches!(desired, DesiredView::Exactly(f) if f.len() <= skipped.len());
+                if nothing {
+                    let skipped: Vec<String> = skipped.iter().map(describe_skipped).collect();
+                    self.report_error(
+                        format!("no view file was injected; skipped: {}", skipped.join(", ")),
+                        |c, why| {
+                            report.add_failed(c, why);
+                        },
+                    );
+                } else {
+                    self.reported_error = None;
+                    if !skipped.is_empty() {
+                        report.add_skipped(&self.name, &skipped);
+                    }
+                }
+                self.set_applied(desired);
+            }
+            Completion::Failed { done, why } => {
+                report.add_steps(&self.name, &done);
+                self.report_error(why, |c, why| report.add_failed(c, why));
+                self.schedule_retry(now);
+            }
+            Completion::TimedOut { why } => {
+                self.report_error(why, |c, why| report.add_failed(c, why));
+                return None;
+            }
+            Completion::NotRunning => self.schedule_retry(now),
+            Completion::Unsupported { why } => {
+                // A container that does not want a view loses nothing.
+                if desired != DesiredView::Absent {
+                    self.report_error(why, |c, why| report.add_unsupported(c, why));
+                }
+                self.set_applied(desired);
+            }
+        }
+        self.in_flight = None;
+        if std::mem::take(&mut self.dirty) {
+            self.applied = None;
+            self.retry = None;
+        }
+        latency
+    }
+
+    /// Reports an error unless it is the last one that was reported.
+    pub(super) fn report_error(&mut self, why: String, add: impl FnOnce(&str, String)) {
+        if self.reported_error.as_ref() != Some(&why) {
+            add(&self.name, why.clone());
+            self.reported_error = Some(why);
+        }
+    }
+
+    /// Its status, if its pod wants a view for it or has invalid annotations.
+    pub(super) fn status(
+        &self,
+        id: &ContainerId,
+        pod: &Pod,
+        has_invalid_annotations: bool,
+    ) -> Option<ContainerStatus> {
+        let (files, state) = match self.desired {
+            DesiredView::Absent => return None,
+            DesiredView::Unmanaged if !has_invalid_annotations => return None,
+            DesiredView::Unmanaged => ("keep".to_owned(), ContainerState::Skipped),
+            DesiredView::Exactly(files) | DesiredView::AtLeast(files) => {
+                let state = match (self.applied == Some(self.desired), &self.reported_error) {
+                    (true, None) => ContainerState::Injected,
+                    (true, Some(_)) => ContainerState::Skipped,
+                    (false, Some(_)) => ContainerState::Failed,
+                    (false, None) => ContainerState::Pending,
+                };
+                (if files == FileSet::ALL { "all".to_owned() } else { files.to_string() }, state)
+            }
+        };
+        Some(ContainerStatus {
+            namespace: pod.namespace.clone(),
+            pod: pod.name.clone(),
+            container: self.name.clone(),
+            id: id.clone(),
+            desired: DesiredStatus { files, state, why: self.reported_error.clone() },
+        })
+    }
+}

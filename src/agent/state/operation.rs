@@ -1,0 +1,41 @@
+//! Operations: what the state starts, and how they complete.
+
+use crate::{
+    model::{container_id::ContainerId, view::ViewFile},
+    plan::{DesiredView, SkipReason, Step},
+};
+
+/// An operation to start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Operation {
+    pub id: ContainerId,
+    pub desired: DesiredView,
+    /// For the log: `namespace/pod/container`.
+    pub name: String,
+    /// The container's first process, where the runtime reported it.
+    pub pid: Option<i64>,
+}
+
+/// What to do now.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Actions {
+    pub start: Vec<Operation>,
+    /// Operations wait for the serving lxcfs: look for it.
+    pub find_lxcfs: bool,
+}
+
+/// How an operation completed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Completion {
+    /// The container has its desired view.
+    Applied { done: Vec<Step>, skipped: Vec<(ViewFile, SkipReason)> },
+    /// The container does not have its desired view, or only a part; a retry follows.
+    Failed { done: Vec<Step>, why: String },
+    /// The operation missed its deadline. It stays in flight until its real completion.
+    TimedOut { why: String },
+    /// The container does not run (any more, or yet), or the runtime does not respond. A retry
+    /// follows, without an event.
+    NotRunning,
+    /// The container cannot have a view.
+    Unsupported { why: String },
+}

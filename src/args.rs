@@ -1,0 +1,326 @@
+//! The command line's arguments.
+
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+
+use crate::{
+    model::view::FileSet,
+    runtime::{PidSource, cri::CriEndpoint},
+    sources::nri::{self, NriMode},
+    telemetry::LogFormat,
+};
+
+/// Mount lxcfs files into running Kubernetes containers, so that /proc/meminfo, /proc/cpuinfo and
+/// others show the container's limits.
+#[derive(Debug, Parser)]
+#[command(name = "kube-lxcfs", version, propagate_version = true, max_term_width = 120)]
+pub struct Cli {
+    #[command(flatten)]
+    pub common: Common,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Flags of every command.
+#[derive(Clone, Debug, Args)]
+pub struct Common {
+    /// Path at which lxcfs is mounted.
+    #[arg(
+        long,
+        global = true,
+        env = "KUBE_LXCFS_LXCFS_PATH",
+        value_name = "DIR",
+        default_value = "/var/lib/lxcfs"
+    )]
+    pub lxcfs_path: PathBuf,
+    /// CRI socket of the runtime [default: the first that responds of containerd, CRI-O,
+    /// cri-dockerd, iSulad].
+    #[arg(long, global = true, env = "KUBE_LXCFS_CRI_ENDPOINT", value_name = "unix://PATH")]
+    pub cri_endpoint: Option<CriEndpoint>,
+    /// Source of container pids.
+    #[arg(long, global = true, env = "KUBE_LXCFS_PID_FROM", value_enum, default_value_t = PidSource::Auto)]
+    pub pid_from: PidSource,
+    /// Format of the log on stderr. RUST_LOG sets the filter, for example
+    /// RUST_LOG=kube_lxcfs=debug.
+    #[arg(long, global = true, env = "KUBE_LXCFS_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+}
+
+/// The format of a command's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    Text,
+    Json,
+}
+
+/// The source of the node's pods (`--pods-from`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PodSource {
+    /// The API server.
+    Kubernetes,
+    /// The annotations of the runtime's pod sandboxes; no API server is needed.
+    Cri,
+}
+
+/// Whether CRI events are used (`--cri-events`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum CriEvents {
+    /// Where the runtime has them and is the source of pids or pods.
+    Auto,
+    Off,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the node agent: keep the views of this node's pods as their annotations request.
+    Agent(AgentArgs),
+    /// Run lxcfs as a child process. Restart it when it exits or hangs, and remove the views of the
+    /// exited one from all containers.
+    Lxcfs(LxcfsArgs),
+    /// Inject the view into a container, or some of its files. Files that are already injected
+    /// stay.
+    Mount {
+        #[command(flatten)]
+        target: Target,
+        /// Comma-separated view files [default: all that lxcfs serves].
+        #[arg(long, env = "KUBE_LXCFS_FILES", value_parser = FileSet::parse)]
+        files: Option<FileSet>,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Remove the view from a container, or from all containers.
+    Umount {
+        #[command(flatten)]
+        target: TargetOrAll,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Make a view of an earlier lxcfs current. A container without a view is left as it is.
+    Remount {
+        #[command(flatten)]
+        target: TargetOrAll,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Show the views of this node: pod, container, pid, files, and whether they are current, stale
+    /// or dead.
+    Status {
+        #[command(flatten)]
+        output: OutputArg,
+    },
+    /// Act as an OCI runtime hook (createRuntime or prestart), for runtimes without NRI. Read the
+    /// container's state from stdin and inject the view if its annotations request one. The
+    /// exit status is always 0, so that the container starts.
+    Hook(HookArgs),
+    /// Check prerequisites and suggest fixes. The exit status is 1 if a check fails.
+    Check {
+        /// NRI socket of the runtime.
+        #[arg(long, env = "KUBE_LXCFS_NRI_SOCKET", value_name = "PATH", default_value = nri::DEFAULT_SOCKET)]
+        nri_socket: PathBuf,
+        #[command(flatten)]
+        output: OutputArg,
+    },
+}
+
+#[derive(Clone, Copy, Debug, Args)]
+pub struct OutputArg {
+    /// Format of the output.
+    #[arg(short, long = "output", env = "KUBE_LXCFS_OUTPUT", value_enum, default_value_t = Output::Text)]
+    pub output: Output,
+}
+
+#[derive(Debug, Args)]
+pub struct AgentArgs {
+    /// Name of this node at the API server.
+    #[arg(long, env = "NODE_NAME")]
+    pub node_name: Option<String>,
+    /// Source of the node's pods.
+    #[arg(long, env = "KUBE_LXCFS_PODS_FROM", value_enum, default_value_t = PodSource::Kubernetes)]
+    pub pods_from: PodSource,
+    /// Inject views before a container's first instruction, over the runtime's NRI.
+    #[arg(long, env = "KUBE_LXCFS_NRI", value_enum, default_value_t = NriMode::Auto)]
+    pub nri: NriMode,
+    /// NRI socket of the runtime.
+    #[arg(long, env = "KUBE_LXCFS_NRI_SOCKET", value_name = "PATH", default_value = nri::DEFAULT_SOCKET)]
+    pub nri_socket: PathBuf,
+    /// Use the runtime's container events. Set to off for containerd 1.7 with a kubelet that uses
+    /// evented PLEG: that runtime sends each event to one listener only.
+    #[arg(long, env = "KUBE_LXCFS_CRI_EVENTS", value_enum, default_value_t = CriEvents::Auto)]
+    pub cri_events: CriEvents,
+    /// Address of /healthz, /readyz, /metrics and /status.
+    #[arg(long, env = "KUBE_LXCFS_LISTEN", value_name = "IP:PORT", default_value = "0.0.0.0:9808")]
+    pub listen: SocketAddr,
+    /// Inject by default unless an annotation or label opts out.
+    #[arg(long, env = "KUBE_LXCFS_INJECT_BY_DEFAULT")]
+    pub inject_by_default: bool,
+    /// Keep pod-provided lxcfs files current too, for example from an admission webhook's volumes.
+    #[arg(long, env = "KUBE_LXCFS_ADOPT")]
+    pub adopt: bool,
+    /// Number of threads that mount [default: one per CPU, at most 4].
+    #[arg(long, env = "KUBE_LXCFS_WORKERS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub workers: Option<u16>,
+}
+
+#[derive(Debug, Args)]
+pub struct LxcfsArgs {
+    /// Program of lxcfs.
+    #[arg(long, env = "KUBE_LXCFS_LXCFS_BIN", value_name = "FILE", default_value = "lxcfs")]
+    pub lxcfs_bin: PathBuf,
+    /// Time after which an unresponsive lxcfs is killed and restarted, from 100ms to 3600s.
+    #[arg(long, env = "KUBE_LXCFS_WATCHDOG", value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
+    pub watchdog: Duration,
+    /// More arguments for lxcfs.
+    #[arg(last = true, value_name = "ARGUMENT")]
+    pub args: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+pub struct HookArgs {
+    /// Inject by default unless the container's annotations opt out.
+    #[arg(long, env = "KUBE_LXCFS_INJECT_BY_DEFAULT")]
+    pub inject_by_default: bool,
+    /// File to append the log to. Runtimes discard what a successful hook writes to stderr.
+    #[arg(long, env = "KUBE_LXCFS_LOG_FILE", value_name = "FILE")]
+    pub log_file: Option<PathBuf>,
+    /// Inject in this process, which hangs when lxcfs does.
+    #[arg(long, hide = true)]
+    pub in_process: bool,
+}
+
+/// One container. No environment variable sets a target, so that none is changed by accident.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct Target {
+    /// Pid, on the host, of a process of the container.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub pid: Option<i64>,
+    /// Id of the container, or a unique prefix of it.
+    #[arg(long, value_name = "ID")]
+    pub container: Option<String>,
+}
+
+/// One container, or all. No environment variable sets a target.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub struct TargetOrAll {
+    /// Pid, on the host, of a process of the container.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub pid: Option<i64>,
+    /// Id of the container, or a unique prefix of it.
+    #[arg(long, value_name = "ID")]
+    pub container: Option<String>,
+    /// Every container of this node that has a view.
+    #[arg(long)]
+    pub all: bool,
+}
+
+/// Parses the arguments of this process.
+///
+/// # Errors
+/// The exit status, after help, version or a usage error was printed.
+pub fn parse() -> Result<Cli, ExitCode> {
+    Cli::try_parse().map_err(|e| {
+        let _ = e.print();
+        // A hook that fails keeps the container from starting.
+        let failed = e.use_stderr() && !is_hook(std::env::args_os());
+        if failed { ExitCode::from(2) } else { ExitCode::SUCCESS }
+    })
+}
+
+/// Whether the subcommand of a command line, which may be invalid otherwise, is `hook`.
+fn is_hook(args: impl IntoIterator<Item = OsString>) -> bool {
+    let lenient = Cli::command().ignore_errors(true).try_get_matches_from(args);
+    lenient.is_ok_and(|matches| matches.subcommand_name() == Some("hook"))
+}
+
+/// A duration such as `5s`, `1.5s` or `800ms`, from 100 ms to an hour.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let invalid =
+        || format!("invalid duration '{text}': expected 100ms to 3600s, for example 5s or 800ms");
+    let (number, unit) = match text.strip_suffix("ms") {
+        Some(number) => (number, 0.001),
+        None => (text.strip_suffix('s').ok_or_else(invalid)?, 1.0),
+    };
+    let seconds = number.parse::<f64>().map_err(|_| invalid())? * unit;
+    if (0.1..=3600.0).contains(&seconds) {
+        Ok(Duration::from_secs_f64(seconds))
+    } else {
+        Err(invalid())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_command_and_flag_has_help() {
+        let mut cli = Cli::command();
+        cli.build();
+        cli.clone().debug_assert();
+        for command in cli.get_subcommands() {
+            assert!(
+                command.get_name() == "help" || command.get_about().is_some(),
+                "{}",
+                command.get_name()
+            );
+            for arg in command.get_arguments() {
+                assert!(arg.get_help().is_some(), "{} {}", command.get_name(), arg.get_id());
+            }
+        }
+    }
+
+    #[test]
+    fn hook_is_recognised_as_subcommand_only() {
+        for (args, expected) in [
+            (&["hook", "--no-such-flag"][..], true),
+            (&["--log-format", "json", "hook", "--no-such-flag"], true),
+            (&["hook", "--log-format", "yaml"], true),
+            (&["umount", "--container", "hook", "--pid", "1"], false),
+            (&["mount", "hook"], false),
+            (&["--lxcfs-path", "hook", "nonsense"], false),
+            (&["nonsense", "hook"], false),
+            (&[], false),
+        ] {
+            let args = [&["kube-lxcfs"], args].concat();
+            assert_eq!(is_hook(args.iter().map(OsString::from)), expected, "{args:?}");
+        }
+    }
+
+    #[test]
+    fn targets_read_no_environment_variable() {
+        let cli = Cli::command();
+        let is_target =
+            |arg: &&clap::Arg| ["pid", "container", "all"].contains(&arg.get_id().as_str());
+        for command in cli.get_subcommands() {
+            for arg in command.get_arguments().filter(is_target) {
+                assert_eq!(arg.get_env(), None, "{} --{}", command.get_name(), arg.get_id());
+            }
+        }
+    }
+
+    #[test]
+    fn exactly_one_target_is_required() {
+        for invalid in [
+            &["umount"][..],
+            &["umount", "--all", "--pid", "1"],
+            &["mount", "--all"],
+            &["mount"],
+            &["mount", "--pid", "x"],
+        ] {
+            let args = [&["kube-lxcfs"], invalid].concat();
+            assert_eq!(Cli::try_parse_from(args).unwrap_err().exit_code(), 2, "{invalid:?}");
+        }
+    }
+
+    #[test]
+    fn duration_is_within_bounds() {
+        assert_eq!(parse_duration("1.5s"), Ok(Duration::from_millis(1500)));
+        assert_eq!(parse_duration("100ms"), Ok(Duration::from_millis(100)));
+        assert_eq!(parse_duration("3600s"), Ok(Duration::from_secs(3600)));
+        for invalid in ["", "5", "s", "99ms", "3601s", "-1s", "NaNs", "infs", "1h"] {
+            assert!(parse_duration(invalid).is_err(), "{invalid}");
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! `kube-lxcfs agent`: connects the sources, the agent's loop and the HTTP server.
+
+use std::{collections::HashMap, path::PathBuf, process::ExitCode, sync::Arc};
+
+use anyhow::{Context, Result, anyhow};
+use tokio::{sync::mpsc, task::JoinSet};
+
+use super::workers;
+use crate::{
+    admin::{self, AppState},
+    agent::{
+        self, Dependencies, Inputs,
+        state::{State, StateConfig},
+    },
+    args::{AgentArgs, Common, CriEvents, PodSource},
+    lxcfs::Finder,
+    model::pod::Update,
+    runtime::{PidSource, Runtime, cri::CriClient},
+    sources::{
+        cri, kubernetes,
+        nri::{self, NriMode},
+    },
+    supervisor::volume,
+    telemetry::{events::Events, metrics::Metrics},
+};
+
+/// How many messages a channel to the agent's loop holds.
+const CHANNEL_CAPACITY: usize = 256;
+
+pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
+    let lxcfs_path = common.lxcfs_path.clone();
+    let cri = CriClient::new(common.cri_endpoint);
+    let workers = workers(args.workers)?;
+    let (updates_tx, updates) = mpsc::channel(CHANNEL_CAPACITY);
+    let (blocked_starts_tx, blocked_starts) = mpsc::channel(CHANNEL_CAPACITY);
+    let (snapshots_tx, snapshot_requests) = mpsc::channel(CHANNEL_CAPACITY);
+    let mut watchers = Watchers::default();
+    let events = match args.pods_from {
+        PodSource::Kubernetes => {
+            watch_api_server(args.node_name, &updates_tx, &mut watchers).await?
+        }
+        PodSource::Cri => {
+            watchers
+                .spawn("the watch of pod sandboxes", cri::watch(cri.clone(), updates_tx.clone()));
+            Events::to_log()
+        }
+    };
+    let cri_is_used = common.pid_from != PidSource::Proc || args.pods_from == PodSource::Cri;
+    if args.cri_events == CriEvents::Auto && cri_is_used {
+        watchers
+            .spawn("the watch of CRI events", cri::watch_events(cri.clone(), updates_tx.clone()));
+    }
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), lxcfs = %lxcfs_path.display(), "agent started");
+    let listener = admin::listen(args.listen).await.with_context(|| {
+        format!("failed to listen on {}; set --listen to another address", args.listen)
+    })?;
+    tracing::info!(http_address = %listener.local_addr().unwrap_or(args.listen), "serving HTTP");
+    let metrics = Arc::new(Metrics::default());
+    let app = AppState {
+        snapshots: snapshots_tx,
+        metrics: metrics.clone(),
+        workers: workers.clone(),
+        finder: Finder::new(&lxcfs_path),
+        cri: (common.pid_from != PidSource::Proc).then(|| cri.clone()),
+    };
+    let dependencies = Dependencies {
+        workers,
+        runtime: Runtime::new(common.pid_from, cri),
+        lxcfs_path: lxcfs_path.clone(),
+        events,
+        state: State::new(StateConfig {
+            inject_by_default: args.inject_by_default,
+            has_namespaces: args.pods_from == PodSource::Kubernetes,
+            adopt: args.adopt,
+        }),
+        adopt: args.adopt,
+        metrics,
+    };
+    let nri_outputs = nri::Outputs { starts: blocked_starts_tx, updates: updates_tx };
+    tokio::select! {
+        stopped = agent::run(dependencies, Inputs { updates, blocked_starts, snapshot_requests }) => stopped?,
+        stopped = watchers.stopped() => return Err(stopped),
+        stopped = run_nri(args.nri, args.nri_socket, nri_outputs) => stopped?,
+        stopped = admin::serve(listener, app) => stopped.context("failed to serve HTTP")?,
+    }
+    // The last of the two pods removes the volume; lxcfs's pod does this too.
+    if let Err(e) = volume::remove_if_unused(&lxcfs_path) {
+        tracing::debug!("failed to remove the volume of lxcfs: {e}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Watches pods and namespaces at the API server. Returns where Events go.
+async fn watch_api_server(
+    node_name: Option<String>,
+    updates: &mpsc::Sender<Update>,
+    watchers: &mut Watchers,
+) -> Result<Events> {
+    let node = node_name.context("unknown node name; set --node-name or NODE_NAME")?;
+    let client = kube::Client::try_default().await.context(
+        "failed to configure the API server's client; run in a pod with a service account, set KUBECONFIG, or use --pods-from cri",
+    )?;
+    watchers.spawn(
+        "the watch of pods",
+        kubernetes::watch_pods(client.clone(), node.clone(), updates.clone()),
+    );
+    watchers.spawn(
+        "the watch of namespaces",
+        kubernetes::watch_namespaces(client.clone(), updates.clone()),
+    );
+    let (events, publisher) = Events::to_pods(client, node);
+    watchers.spawn("the publisher of Events", publisher);
+    Ok(events)
+}
+
+async fn run_nri(mode: NriMode, socket: PathBuf, outputs: nri::Outputs) -> Result<(), nri::Error> {
+    if mode == NriMode::Off {
+        return std::future::pending().await;
+    }
+    nri::run(&socket, mode == NriMode::Required, outputs).await
+}
+
+/// Tasks that run as long as the agent: one that returns or panics is an error of the agent, which
+/// the kubelet restarts. When dropped, they are aborted.
+#[derive(Debug, Default)]
+struct Watchers {
+    tasks: JoinSet<()>,
+    names: HashMap<tokio::task::Id, &'static str>,
+}
+
+impl Watchers {
+    fn spawn(&mut self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
+        self.names.insert(self.tasks.spawn(task).id(), name);
+    }
+
+    /// Waits for the first that stops, and says which and why.
+    async fn stopped(&mut self) -> anyhow::Error {
+        let (id, why) = match self.tasks.join_next_with_id().await {
+            None => return std::future::pending().await,
+            Some(Ok((id, ()))) => (id, "it returned".to_owned()),
+            Some(Err(e)) => (e.id(), e.to_string()),
+        };
+        let name = self.names.get(&id).copied().unwrap_or("a task");
+        anyhow!("{name} stopped: {why}; this is a bug, report it with the agent's log")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn watcher_that_stops_is_an_error() {
+        let mut watchers = Watchers::default();
+        watchers.spawn("a", std::future::pending());
+        watchers.spawn("b", async { panic!("on purpose") });
+        let error = watchers.stopped().await.to_string();
+        assert!(error.starts_with("b stopped:") && error.contains("panicked"), "{error}");
+        watchers.spawn("c", async {});
+        let error = watchers.stopped().await.to_string();
+        assert!(error.starts_with("c stopped: it returned"), "{error}");
+    }
+}

@@ -1,0 +1,205 @@
+//! `kube-lxcfs check`: the prerequisites of this node, each with a fix. Reads only.
+
+use std::{fmt, path::Path, process::ExitCode, time::Duration};
+
+use anyhow::Result;
+use serde::Serialize;
+
+use super::output::print;
+use crate::{
+    args::{Common, Output},
+    lxcfs,
+    mount::Workers,
+    runtime::cri::{CriClient, Version},
+    sys::syscalls,
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    Ok,
+    /// A feature is missing, or works in some configurations only.
+    Warn,
+    /// Views cannot be injected.
+    Fail,
+}
+
+/// One line of `kube-lxcfs check`.
+#[derive(Clone, Debug, Serialize)]
+struct Check {
+    name: &'static str,
+    verdict: Verdict,
+    detail: String,
+}
+
+impl fmt::Display for Check {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verdict = match self.verdict {
+            Verdict::Ok => "ok",
+            Verdict::Warn => "warn",
+            Verdict::Fail => "fail",
+        };
+        write!(f, "{verdict:4}  {:13}  {}", self.name, self.detail)
+    }
+}
+
+fn ok(name: &'static str, detail: impl fmt::Display) -> Check {
+    Check { name, verdict: Verdict::Ok, detail: detail.to_string() }
+}
+
+fn warn(name: &'static str, detail: impl fmt::Display) -> Check {
+    Check { name, verdict: Verdict::Warn, detail: detail.to_string() }
+}
+
+fn fail(name: &'static str, detail: impl fmt::Display) -> Check {
+    Check { name, verdict: Verdict::Fail, detail: detail.to_string() }
+}
+
+/// Each capability: its bit, its name, and what needs it (capabilities(7)).
+const CAPABILITIES: [(u32, &str, &str); 3] = [
+    (18, "CAP_SYS_CHROOT", "entering a container's mount namespace"),
+    (19, "CAP_SYS_PTRACE", "reading other processes' namespaces"),
+    (21, "CAP_SYS_ADMIN", "mounting"),
+];
+
+/// A capability that this process does not have.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("missing capability {0}, needed for {1}; run kube-lxcfs as root")]
+pub(super) struct MissingCapability(&'static str, &'static str);
+
+/// Checks that this process has the capabilities to mount in containers.
+///
+/// # Errors
+/// The first that is missing.
+pub(super) fn require_capabilities() -> Result<(), MissingCapability> {
+    let effective =
+        procfs::process::Process::myself().and_then(|p| p.status()).map_or(0, |s| s.capeff);
+    match CAPABILITIES.iter().rev().find(|(bit, ..)| effective & (1 << bit) == 0) {
+        Some((_, name, what)) => Err(MissingCapability(name, what)),
+        None => Ok(()),
+    }
+}
+
+pub(super) async fn run(common: Common, nri_socket: &Path, output: Output) -> Result<ExitCode> {
+    let checks = all(&common.lxcfs_path, &CriClient::new(common.cri_endpoint), nri_socket).await;
+    print(output, &checks, || checks.iter().map(ToString::to_string).collect())?;
+    let failed = checks.iter().any(|c| c.verdict == Verdict::Fail);
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+async fn all(lxcfs_path: &Path, cri: &CriClient, nri_socket: &Path) -> Vec<Check> {
+    let mut checks = vec![
+        match syscalls::verify_syscalls() {
+            Ok(()) => ok("kernel", "has all mount system calls (5.12 or later)"),
+            Err(e) => fail("kernel", e),
+        },
+        if syscalls::has_move_mount_beneath() {
+            ok("swap", "view files are remounted without a gap (kernel 6.5 or later)")
+        } else {
+            warn(
+                "swap",
+                "before kernel 6.5, a container reads the node's values for a moment during a remount",
+            )
+        },
+        match require_capabilities() {
+            Ok(()) => ok("capabilities", "complete"),
+            Err(e) => fail("capabilities", e),
+        },
+        host_pids(),
+        serving(lxcfs_path).await,
+    ];
+    checks.push(match cri.version().await {
+        Ok(Version { endpoint, name, version }) => {
+            ok("cri", format!("{name} {version} at {}", endpoint.display()))
+        }
+        Err(e) => warn(
+            "cri",
+            format!("{e}; pids are resolved from /proc, and --pods-from cri does not work"),
+        ),
+    });
+    checks.push(nri(nri_socket));
+    checks.push(cgroups());
+    checks.push(api_server().await);
+    checks
+}
+
+fn nri(socket: &Path) -> Check {
+    let path = socket.display();
+    match std::os::unix::net::UnixStream::connect(socket) {
+        Ok(_) => ok("nri", format!("the runtime listens at {path}")),
+        Err(e) => warn(
+            "nri",
+            format!(
+                "{path}: {e}; views are injected just after a container's start, not before it; enable NRI in the runtime, or use the hook"
+            ),
+        ),
+    }
+}
+
+async fn serving(path: &Path) -> Check {
+    let workers = match Workers::start(1, Duration::from_secs(2)) {
+        Ok(workers) => workers,
+        Err(e) => {
+            return fail(
+                "lxcfs",
+                format!("failed to start a thread for the check: {e}; run kube-lxcfs as root"),
+            );
+        }
+    };
+    match lxcfs::find(&workers, path).await {
+        Ok(lxcfs) => ok("lxcfs", format!("serves {} at {}", lxcfs.serving().files, path.display())),
+        Err(e) => fail("lxcfs", e),
+    }
+}
+
+/// All containers' processes are visible only in the host's pid namespace, which has the kernel
+/// threads.
+fn host_pids() -> Check {
+    let is_host = procfs::process::all_processes().is_ok_and(|all| {
+        all.filter_map(Result::ok)
+            .filter_map(|p| p.stat().ok())
+            .any(|stat| stat.comm == "kthreadd" && stat.ppid == 0)
+    });
+    if is_host {
+        ok("pids", "in the host's pid namespace")
+    } else {
+        warn(
+            "pids",
+            "not in the host's pid namespace: only processes below it are visible; in a pod set hostPID: true",
+        )
+    }
+}
+
+fn cgroups() -> Check {
+    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        ok("cgroup", "version 2")
+    } else if Path::new("/sys/fs/cgroup/memory").exists() {
+        ok("cgroup", "version 1")
+    } else {
+        fail(
+            "cgroup",
+            "no cgroup file system at /sys/fs/cgroup; mount one, lxcfs reads the limits from it",
+        )
+    }
+}
+
+async fn api_server() -> Check {
+    const NAME: &str = "api server";
+    let client = match kube::Client::try_default().await {
+        Ok(client) => client,
+        Err(e) => {
+            let e = e.to_string().replace('\n', " ");
+            return warn(
+                NAME,
+                format!(
+                    "not configured ({e}); set KUBECONFIG, needed only for --pods-from kubernetes"
+                ),
+            );
+        }
+    };
+    match tokio::time::timeout(Duration::from_secs(5), client.apiserver_version()).await {
+        Ok(Ok(version)) => ok(NAME, version.git_version),
+        Ok(Err(e)) => warn(NAME, format!("request failed: {e}; check its address in KUBECONFIG")),
+        Err(_) => warn(NAME, "timed out after 5 s; check its address in KUBECONFIG"),
+    }
+}

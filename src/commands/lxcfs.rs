@@ -1,0 +1,23 @@
+//! `kube-lxcfs lxcfs`: runs the supervisor.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use super::check;
+use crate::{
+    args::{Common, LxcfsArgs},
+    supervisor::Supervisor,
+    sys::syscalls,
+};
+
+pub(super) async fn run(
+    common: Common,
+    LxcfsArgs { lxcfs_bin, watchdog, args }: LxcfsArgs,
+) -> Result<ExitCode> {
+    check::require_capabilities()?;
+    syscalls::verify_syscalls()?;
+    let path = std::path::absolute(&common.lxcfs_path)?;
+    Supervisor { path, bin: lxcfs_bin, args, watchdog }.run().await?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,65 @@
+//! The commands: each calls the modules below and prints the result. Nothing is decided here.
+
+mod agent;
+mod check;
+mod hook;
+mod lxcfs;
+mod mount;
+mod output;
+mod status;
+
+use std::{io::Write, process::ExitCode, time::Duration};
+
+use anyhow::{Context, Result};
+
+use crate::{
+    args::{Cli, Command},
+    mount::Workers,
+    sys::syscalls,
+};
+
+/// The deadline of each operation on a container and of each request to lxcfs; one that misses it
+/// counts as hung.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// Runs a command, and prints an error in one line on stderr. `docs/reference.md` lists the exit
+/// statuses.
+pub fn run(cli: Cli) -> ExitCode {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let finished = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
+        let finished = runtime.block_on(dispatch(cli));
+        // The process does not wait for a hung thread.
+        runtime.shutdown_background();
+        finished
+    });
+    finished.unwrap_or_else(|e| {
+        let _ = writeln!(std::io::stderr(), "error: {}", format!("{e:#}").replace('\n', " "));
+        ExitCode::FAILURE
+    })
+}
+
+async fn dispatch(Cli { common, command }: Cli) -> Result<ExitCode> {
+    match command {
+        Command::Agent(args) => agent::run(common, args).await,
+        Command::Lxcfs(args) => lxcfs::run(common, args).await,
+        Command::Mount { target, files, output } => {
+            mount::mount(common, target, files, output.output).await
+        }
+        Command::Umount { target, output } => mount::umount(common, target, output.output).await,
+        Command::Remount { target, output } => mount::remount(common, target, output.output).await,
+        Command::Status { output } => status::run(common, output.output).await,
+        Command::Hook(args) => Ok(hook::run(common, args).await),
+        Command::Check { nri_socket, output } => {
+            check::run(common, &nri_socket, output.output).await
+        }
+    }
+}
+
+/// Starts the threads that mount, after a check that they can.
+fn workers(threads: Option<u16>) -> Result<Workers> {
+    check::require_capabilities()?;
+    syscalls::verify_syscalls()?;
+    let cpus = std::thread::available_parallelism().map_or(1, |n| n.get().min(4));
+    let threads = threads.map_or(cpus, usize::from);
+    Workers::start(threads, DEADLINE).context("failed to start the threads that mount")
+}

@@ -1,0 +1,55 @@
+//! `kube-lxcfs status`: the views of this node.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+
+use super::{
+    output::{columns, print},
+    workers,
+};
+use crate::{
+    args::{Common, Output},
+    lxcfs,
+    node::{self, ViewStatus},
+    runtime::{PidSource, cri::CriClient},
+    sources,
+};
+
+pub(super) async fn run(common: Common, output: Output) -> Result<ExitCode> {
+    let workers = workers(None)?;
+    let serving = match lxcfs::find(&workers, &common.lxcfs_path).await {
+        Ok(lxcfs) => Some(lxcfs.dev),
+        Err(e) => {
+            tracing::warn!("{e}");
+            None
+        }
+    };
+    let pods = if common.pid_from == PidSource::Proc {
+        Vec::new()
+    } else {
+        sources::cri::list_pods_or_none(&CriClient::new(common.cri_endpoint)).await
+    };
+    let views = node::status(&workers, serving, pods).await.context("failed to scan /proc")?;
+    print(output, &views, || {
+        let header = ["POD", "CONTAINER", "ID", "PID", "STATE", "FILES"].map(str::to_owned);
+        columns(&std::iter::once(header).chain(views.iter().map(row)).collect::<Vec<_>>())
+    })?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn row(view: &ViewStatus) -> [String; 6] {
+    let or_dash = |text: Option<&str>| text.unwrap_or("-").to_owned();
+    let worst = view
+        .files
+        .values()
+        .max()
+        .map_or(String::new(), |state| format!("{state:?}").to_lowercase());
+    let files: Vec<_> = view.files.keys().map(|file| file.name()).collect();
+    let pod = match (&view.namespace, &view.pod) {
+        (Some(namespace), Some(pod)) => format!("{namespace}/{pod}"),
+        _ => "-".to_owned(),
+    };
+    let id = or_dash(view.id.as_ref().map(|id| id.short()));
+    [pod, or_dash(view.container.as_deref()), id, view.pid.to_string(), worst, files.join(",")]
+}

@@ -1,0 +1,189 @@
+//! Finds the serving lxcfs: checks that it responds, and opens its view files.
+
+use std::{
+    collections::BTreeMap,
+    io::Read,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags},
+    io::Errno,
+};
+use tokio::sync::oneshot;
+
+use super::{Error, Identity, identify};
+use crate::{
+    model::view::ViewFile,
+    mount::{LxcfsFiles, WorkError, Workers, observe::LXCFS_FSTYPE},
+    sys::mountinfo::{MountId, MountTable},
+};
+
+/// How often [`wait_until_serving`] looks for lxcfs.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// Finds the lxcfs that serves at `path`, checks that it responds, and opens its view files.
+///
+/// # Errors
+/// When there is none, or it does not respond within the workers' deadline.
+pub async fn find(workers: &Workers, path: &Path) -> Result<Arc<LxcfsFiles>, Error> {
+    Finder::new(path).find(workers).await
+}
+
+/// As [`find`], but waits up to `timeout` for an lxcfs that is starting.
+///
+/// # Errors
+/// As [`find`], when none serves within `timeout`.
+pub async fn wait_until_serving(
+    timeout: Duration,
+    workers: &Workers,
+    path: &Path,
+) -> Result<Arc<LxcfsFiles>, Error> {
+    let started = Instant::now();
+    loop {
+        match find(workers, path).await {
+            Err(Error::NotMounted(_) | Error::Dead(_)) if started.elapsed() < timeout => {
+                tokio::time::sleep(POLL_INTERVAL).await;
+            }
+            found => return found,
+        }
+    }
+}
+
+/// Finds the serving lxcfs repeatedly. A hung one is not probed again while the first probe is
+/// pending, so that it costs one thread however long it hangs.
+#[derive(Clone, Debug)]
+pub struct Finder {
+    path: PathBuf,
+    pending: Arc<Mutex<Option<PendingProbe>>>,
+}
+
+/// A probe that timed out and has not returned.
+#[derive(Debug)]
+struct PendingProbe {
+    identity: Option<Identity>,
+    timeout: Duration,
+    result: oneshot::Receiver<Result<LxcfsFiles, Error>>,
+}
+
+impl Finder {
+    pub fn new(path: &Path) -> Finder {
+        Finder { path: path.to_owned(), pending: Arc::default() }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// # Errors
+    /// When no lxcfs serves, or it does not respond within the workers' deadline.
+    pub async fn find(&self, workers: &Workers) -> Result<Arc<LxcfsFiles>, Error> {
+        let identity = identify(&self.path);
+        if let Some(probe) = &mut *self.pending() {
+            let hangs = matches!(probe.result.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+            if hangs && probe.identity == identity {
+                return Err(Error::Hung { path: self.path.clone(), timeout: probe.timeout });
+            }
+        }
+        let path = self.path.clone();
+        let timed_out = match workers.run(move |_| open(&path)).await {
+            Ok(found) => {
+                *self.pending() = None;
+                return found.map(Arc::new);
+            }
+            Err(timed_out) => timed_out,
+        };
+        let path = self.path.clone();
+        Err(match timed_out.error {
+            WorkError::TimedOut(timeout) => {
+                *self.pending() =
+                    timed_out.result.map(|result| PendingProbe { identity, timeout, result });
+                Error::Hung { path, timeout }
+            }
+            cause => Error::Work { path, cause },
+        })
+    }
+
+    fn pending(&self) -> MutexGuard<'_, Option<PendingProbe>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Opens the view files of the lxcfs at `path`, and reads one. Blocks if lxcfs hangs.
+fn open(path: &Path) -> Result<LxcfsFiles, Error> {
+    let fail = |verb| move |cause: std::io::Error| Error::Io { path: path.to_owned(), verb, cause };
+    // Only readlink(2) is called on the path's last component; FUSE handles it for a directory
+    // without its server.
+    let real = path.canonicalize().map_err(|cause| match cause.kind() {
+        std::io::ErrorKind::NotFound => Error::Missing(path.to_owned()),
+        _ if cause.raw_os_error() == Some(libc::ENOTCONN) => Error::Dead(path.to_owned()),
+        _ => fail("resolve the path")(cause),
+    })?;
+    let text =
+        std::fs::read("/proc/thread-self/mountinfo").map_err(fail("read the mount table"))?;
+    let table = MountTable::parse(&text)
+        .map_err(|e| fail("parse the mount table")(std::io::Error::other(e)))?;
+    let Some(mount) = table.top(real.as_os_str().as_encoded_bytes()) else {
+        return Err(Error::NotMounted(path.to_owned()));
+    };
+    if *mount.fstype != *LXCFS_FSTYPE || *mount.root != *b"/" {
+        let fstype = String::from_utf8_lossy(&mount.fstype).into_owned();
+        return Err(Error::NotLxcfs { path: path.to_owned(), fstype });
+    }
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(&real, flags, Mode::empty()).map_err(|e| match e {
+        Errno::NOTCONN => Error::Dead(path.to_owned()),
+        e => fail("open the mount")(e.into()),
+    })?;
+    let opened = rustix::fs::statx(
+        &root,
+        "",
+        AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC,
+        StatxFlags::MNT_ID,
+    );
+    let opened = opened.map_err(|e| fail("stat the mount")(e.into()))?;
+    if MountId(opened.stx_mnt_id) != mount.id {
+        return Err(fail("open the mount")(std::io::Error::other(
+            "another mount has just replaced it",
+        )));
+    }
+    let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+    let mut files = BTreeMap::new();
+    for file in ViewFile::ALL {
+        match rustix::fs::openat2(
+            &root,
+            file.path(),
+            OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+            resolve,
+        ) {
+            Ok(fd) => drop(files.insert(file, fd)),
+            Err(Errno::NOTCONN | Errno::CONNABORTED) => return Err(Error::Dead(path.to_owned())),
+            // This lxcfs does not have it, or not on this kernel: lxcfs 6 refuses /proc/pressure
+            // where the kernel has none.
+            Err(e) => tracing::debug!(%file, "not served by lxcfs: {e}"),
+        }
+    }
+    probe(&root).map_err(|cause| match cause.raw_os_error() {
+        Some(libc::ENOTCONN | libc::ECONNABORTED) => Error::Dead(path.to_owned()),
+        _ => fail("read proc/uptime")(cause),
+    })?;
+    Ok(LxcfsFiles { dev: mount.dev, files })
+}
+
+/// Checks that lxcfs responds: reads the file that is the cheapest for it.
+fn probe(root: &impl std::os::fd::AsFd) -> std::io::Result<()> {
+    let uptime = rustix::fs::openat(
+        root,
+        ViewFile::Uptime.path(),
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let mut text = [0; 64];
+    match std::fs::File::from(uptime).read(&mut text)? {
+        0 => Err(std::io::Error::other("it is empty")),
+        _ => Ok(()),
+    }
+}

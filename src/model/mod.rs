@@ -1,0 +1,7 @@
+//! The values that modules exchange: containers, pods, view files, states. No module of this crate
+//! is used here.
+
+pub mod container_id;
+pub mod pod;
+pub mod status;
+pub mod view;

@@ -1,0 +1,64 @@
+//! Which containers want a view and what they have of it, as metrics and `/status` show it.
+
+use serde::Serialize;
+use tokio::sync::oneshot;
+
+use super::container_id::ContainerId;
+
+/// The state of a container that wants a view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ContainerState {
+    /// Its view is mounted.
+    Injected,
+    /// Its view is not mounted yet.
+    Pending,
+    /// Its view could not be mounted; the agent retries.
+    Failed,
+    /// It cannot have a view, or its pod's annotations are invalid.
+    Skipped,
+}
+
+impl ContainerState {
+    pub const ALL: [ContainerState; 4] =
+        [Self::Injected, Self::Pending, Self::Failed, Self::Skipped];
+}
+
+/// A kind of change of a container's view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Operation {
+    Inject,
+    Remove,
+    Remount,
+}
+
+/// A container that wants a view.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ContainerStatus {
+    pub namespace: String,
+    pub pod: String,
+    pub container: String,
+    pub id: ContainerId,
+    pub desired: DesiredStatus,
+}
+
+/// What a container's pod desires, and how far it is reached.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct DesiredStatus {
+    /// `all`, comma-separated view files, or `keep` where the pod's annotations are invalid.
+    pub files: String,
+    pub state: ContainerState,
+    /// Why it has no view, or only a part of it.
+    pub why: Option<String>,
+}
+
+/// The agent's state at one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    /// Why the agent is not ready, as far as its loop knows.
+    pub not_ready_reason: Option<String>,
+    pub containers: Vec<ContainerStatus>,
+}
+
+/// A request for a [`Snapshot`]: where the agent's loop sends it.
+pub type SnapshotRequest = oneshot::Sender<Snapshot>;

@@ -1,0 +1,174 @@
+//! Entering a container's mount namespace and returning from it, on a worker thread.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
+};
+
+use rustix::{
+    fs::{AtFlags, FlockOperation, Mode, OFlags},
+    thread::{LinkNameSpaceType, ThreadNameSpaceType},
+};
+
+use super::{Error, driver::EnteredNs};
+use crate::sys::{mountinfo::MountTable, process::Process, syscalls};
+
+/// A namespace that another kube-lxcfs works on is waited for: so many attempts, so far apart.
+/// Together they take longer than any reconcile.
+const LOCK_ATTEMPTS: u32 = 500;
+const LOCK_INTERVAL: Duration = Duration::from_millis(1);
+
+/// The device and inode number of a mount namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct NamespaceId(u64, u64);
+
+impl NamespaceId {
+    fn of(stat: &rustix::fs::Stat) -> NamespaceId {
+        NamespaceId(stat.st_dev, stat.st_ino)
+    }
+}
+
+/// What a worker thread keeps between jobs: its own mount namespace to return to, and a `/proc`
+/// that no container can change.
+#[derive(Debug)]
+pub struct WorkerContext {
+    own_mntns: OwnedFd,
+    own_ns: NamespaceId,
+    /// The initial mount namespace as far as it is known: that of pid 1 where readable, and that
+    /// of kernel threads.
+    host_ns: Vec<NamespaceId>,
+    proc: OwnedFd,
+    /// The thread's own `fd` directory: the driver names a mount by its descriptor when it
+    /// detaches it.
+    fds: OwnedFd,
+    /// Whether the kernel has `MOVE_MOUNT_BENEATH`.
+    pub(super) beneath: bool,
+}
+
+impl WorkerContext {
+    /// Prepares the calling thread: its root and working directory become its own, apart from the
+    /// process's.
+    ///
+    /// # Errors
+    /// Without `CAP_SYS_ADMIN`, or where `/proc` is not mounted.
+    pub fn new() -> io::Result<WorkerContext> {
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
+        let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let proc = rustix::fs::open("/proc", directory, Mode::empty())?;
+        let fds = rustix::fs::openat(&proc, "thread-self/fd", directory, Mode::empty())?;
+        let own_mntns = rustix::fs::openat(
+            &proc,
+            "thread-self/ns/mnt",
+            OFlags::RDONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        let own_ns = NamespaceId::of(&rustix::fs::fstat(&own_mntns)?);
+        // Kernel threads are in the initial mount namespace. In a nested pid namespace pid 2 is
+        // another process and is ignored.
+        let kthreadd = std::fs::read("/proc/2/comm").is_ok_and(|comm| comm == b"kthreadd\n");
+        let host_ns = [Some(1), kthreadd.then_some(2)]
+            .into_iter()
+            .flatten()
+            .filter_map(|pid| {
+                rustix::fs::statat(&proc, format!("{pid}/ns/mnt"), AtFlags::empty()).ok()
+            })
+            .map(|stat| NamespaceId::of(&stat))
+            .collect();
+        Ok(WorkerContext {
+            own_mntns,
+            own_ns,
+            host_ns,
+            proc,
+            fds,
+            beneath: syscalls::has_move_mount_beneath(),
+        })
+    }
+
+    /// Runs `work` in the mount namespace of `process`, and returns to the thread's own.
+    pub(super) fn enter<T>(
+        &self,
+        process: &Process,
+        work: impl FnOnce(&EnteredNs<'_>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let pid = process.pid();
+        let entered = rustix::thread::move_into_thread_name_spaces(
+            process.as_fd(),
+            ThreadNameSpaceType::MOUNT,
+        );
+        entered.map_err(|e| match e {
+            rustix::io::Errno::SRCH => Error::ProcessExited(pid),
+            e => Error::Enter { pid, cause: e.into() },
+        })?;
+        let restore = RestoreNs(self);
+        let here = rustix::fs::statat(&self.proc, "thread-self/ns/mnt", AtFlags::empty());
+        let here = here.map_err(|e| Error::Enter { pid, cause: e.into() })?;
+        let here = NamespaceId::of(&here);
+        if self.host_ns.contains(&here) {
+            return Err(Error::HostNamespace(pid));
+        }
+        if here == self.own_ns {
+            return Err(Error::OwnNamespace(pid));
+        }
+        // From here on a relative path names one of this thread's descriptors.
+        rustix::process::fchdir(&self.fds).map_err(|e| Error::Enter { pid, cause: e.into() })?;
+        let result = work(&EnteredNs::new(self, process));
+        drop(restore);
+        result
+    }
+
+    /// Whether a peer group has a member in the host's mount namespace, or in ours. If that cannot
+    /// be read, the answer is yes.
+    pub(super) fn is_host_peer_group(&self, group: u64) -> bool {
+        let has = |path: &str| {
+            let text = self.read(path).ok()?;
+            Some(MountTable::parse(&text).ok()?.0.iter().any(|m| m.shared == Some(group)))
+        };
+        // Both pid 2 and pid 1 show the host's table; on some machines one of them is not readable.
+        let host = has("2/mountinfo").or_else(|| has("1/mountinfo"));
+        has("self/mountinfo").unwrap_or(true) || host.unwrap_or(true)
+    }
+
+    /// Reads a file of the trusted `/proc`.
+    pub(super) fn read(&self, path: &str) -> io::Result<Vec<u8>> {
+        let file =
+            rustix::fs::openat(&self.proc, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
+        let mut text = Vec::with_capacity(16 << 10);
+        io::Read::read_to_end(&mut std::fs::File::from(file), &mut text)?;
+        Ok(text)
+    }
+
+    /// Locks the namespace that the thread is in: flock(2) on the namespace's own file, released
+    /// with the descriptor. Every kube-lxcfs takes it before it changes the namespace. A
+    /// container could hold it too, so the wait is limited.
+    pub(super) fn lock(&self) -> Option<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let file =
+            rustix::fs::openat(&self.proc, "thread-self/ns/mnt", flags, Mode::empty()).ok()?;
+        for _ in 0..LOCK_ATTEMPTS {
+            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+                Err(rustix::io::Errno::WOULDBLOCK) => std::thread::sleep(LOCK_INTERVAL),
+                _ => return Some(file),
+            }
+        }
+        Some(file)
+    }
+}
+
+/// Returns the thread to its own mount namespace when dropped, also after a panic.
+struct RestoreNs<'a>(&'a WorkerContext);
+
+impl Drop for RestoreNs<'_> {
+    fn drop(&mut self) {
+        let own = self.0.own_mntns.as_fd();
+        if let Err(e) =
+            rustix::thread::move_into_link_name_space(own, Some(LinkNameSpaceType::Mount))
+        {
+            // The descriptor is open and the capability was present on the way in, so this cannot
+            // fail. But a thread that stays in a container must not go on, and an agent
+            // that restarts loses nothing.
+            tracing::error!("failed to return from a container's mount namespace: {e}");
+            std::process::abort();
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! Observation: which mounts lie on the view files' paths of a container, read from its mount
+//! table. Pure: a table in, values out.
+
+use crate::{
+    model::view::{BaseFs, ViewFile},
+    plan::{Layer, LayerKind, ObservedMounts, UnusableBase},
+    sys::mountinfo::{Mount, MountTable},
+};
+
+/// The file system type of an lxcfs mount (libfuse: `fuse.` and the subtype).
+pub const LXCFS_FSTYPE: &[u8] = b"fuse.lxcfs";
+
+/// The per-mount options that only managed mounts have together: the four of every view, and
+/// `noatime`, which nothing else sets on an lxcfs file. Pod-provided mounts inherit lxcfs's
+/// `nosuid,nodev,relatime`.
+const MANAGED_OPTIONS: [&[u8]; 5] = [b"ro", b"nosuid", b"nodev", b"noexec", b"noatime"];
+
+/// Finds the mounts on the view files' paths below `root`, which is `/` unless the container has
+/// not yet changed its root.
+///
+/// `is_host_peer_group` decides whether a peer group has a member in the host's mount namespace. It
+/// is called only where `/proc` or `/sys` is shared, which runtimes do on request only.
+pub fn observe(
+    table: &MountTable<'_>,
+    root: &[u8],
+    is_host_peer_group: impl Fn(u64) -> bool,
+) -> ObservedMounts {
+    let mut observed = ObservedMounts::default();
+    let prefix = root.strip_suffix(b"/").unwrap_or(root);
+    let Some(root) = table.holder(root) else {
+        observed.unusable =
+            BaseFs::ALL.into_iter().map(|base| (base, UnusableBase::Missing)).collect();
+        return observed;
+    };
+    for base in BaseFs::ALL {
+        let point = [prefix, b"/", base.path().as_bytes()].concat();
+        let Some(top) = table.child(root, &point).map(|m| table.topmost(m)) else {
+            observed.unusable.insert(base, UnusableBase::Missing);
+            continue;
+        };
+        if *top.fstype != *base.fstype().as_bytes() {
+            let found = String::from_utf8_lossy(&top.fstype).into_owned();
+            observed.unusable.insert(base, UnusableBase::Fstype(found));
+            continue;
+        }
+        if top.shared.is_some_and(&is_host_peer_group) {
+            observed.unusable.insert(base, UnusableBase::SharedWithHost);
+        }
+        for file in ViewFile::ALL.into_iter().filter(|f| f.base() == base) {
+            let point = [prefix, b"/", file.path().as_bytes()].concat();
+            if let Some(lowest) = table.child(top, &point) {
+                let mut layers = vec![layer(lowest, file)];
+                layers.extend(table.stack(lowest).iter().map(|m| layer(m, file)));
+                observed.layers.insert(file, layers);
+            }
+        }
+    }
+    observed
+}
+
+fn layer(mount: &Mount<'_>, file: ViewFile) -> Layer {
+    let kind = if *mount.fstype == *LXCFS_FSTYPE && is_root_of(&mount.root, file) {
+        let has = |option: &[u8]| mount.options.split(|b| *b == b',').any(|o| o == option);
+        if MANAGED_OPTIONS.into_iter().all(has) {
+            LayerKind::Managed(mount.dev)
+        } else {
+            LayerKind::PodProvided(mount.dev)
+        }
+    } else {
+        LayerKind::Unrelated
+    };
+    Layer { id: mount.id, kind }
+}
+
+/// Whether a mount's root is the view file. The kernel appends `//deleted` when FUSE has forgotten
+/// the name.
+fn is_root_of(root: &[u8], file: ViewFile) -> bool {
+    let root = root.strip_suffix(b"//deleted").unwrap_or(root);
+    root.strip_prefix(b"/") == Some(file.path().as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::sys::mountinfo::{Dev, MountId};
+
+    const CONTAINER: &str = "\
+700 600 0:50 / / rw,relatime - overlay overlay rw,lowerdir=/l
+701 700 0:51 / /proc rw,nosuid,nodev,noexec,relatime - proc proc rw
+702 700 0:52 / /sys ro,nosuid,nodev,noexec,relatime - sysfs sysfs ro
+703 701 0:40 /proc/meminfo /proc/meminfo ro,nosuid,nodev,noexec,noatime - fuse.lxcfs lxcfs rw,user_id=0,group_id=0,allow_other
+704 701 0:40 /proc/uptime /proc/uptime rw,nosuid,nodev,relatime - fuse.lxcfs lxcfs rw,user_id=0,group_id=0,allow_other
+705 701 0:53 /null /proc/stat rw,nosuid - tmpfs tmpfs rw
+706 702 0:40 /sys/devices/system/cpu//deleted /sys/devices/system/cpu ro,nosuid,nodev,noexec,noatime - fuse.lxcfs lxcfs rw
+";
+    const LXCFS: Dev = Dev { major: 0, minor: 40 };
+
+    fn observed(text: &str) -> ObservedMounts {
+        observe(&MountTable::parse(text.as_bytes()).unwrap(), b"/", |_| false)
+    }
+
+    fn layer(id: u64, kind: LayerKind) -> Layer {
+        Layer { id: MountId(id), kind }
+    }
+
+    #[test]
+    fn managed_pod_provided_and_unrelated_differ() {
+        let observed = observed(CONTAINER);
+        assert_eq!(observed.layers[&ViewFile::Meminfo], [layer(703, LayerKind::Managed(LXCFS))]);
+        assert_eq!(observed.layers[&ViewFile::Uptime], [layer(704, LayerKind::PodProvided(LXCFS))]);
+        assert_eq!(observed.layers[&ViewFile::Stat], [layer(705, LayerKind::Unrelated)]);
+        assert_eq!(observed.layers[&ViewFile::Cpu], [layer(706, LayerKind::Managed(LXCFS))]);
+        assert_eq!(observed.layers.len(), 4);
+        assert!(observed.unusable.is_empty());
+    }
+
+    #[test]
+    fn stacks_are_bottom_first_in_any_line_order() {
+        // MOVE_MOUNT_BENEATH: the newer mount (710) lies below the older one (703).
+        let text = CONTAINER.replace("703 701", "703 710")
+            + "710 701 0:41 /proc/meminfo /proc/meminfo ro,nosuid,nodev,noexec,noatime - fuse.lxcfs lxcfs rw\n";
+        let layers = &observed(&text).layers[&ViewFile::Meminfo];
+        assert_eq!(layers.iter().map(|l| l.id.0).collect::<Vec<_>>(), [710, 703]);
+    }
+
+    #[test]
+    fn covered_proc_hides_the_views_below_it() {
+        let observed =
+            observed(&(CONTAINER.to_owned() + "711 701 0:60 / /proc rw - tmpfs none rw\n"));
+        assert_eq!(observed.unusable[&BaseFs::Procfs], UnusableBase::Fstype("tmpfs".into()));
+        assert_eq!(observed.layers.keys().copied().collect::<Vec<_>>(), [ViewFile::Cpu]);
+    }
+
+    #[test]
+    fn missing_proc_or_root_is_unusable() {
+        let without_proc = observed("700 600 0:50 / / rw - overlay o rw\n");
+        assert_eq!(without_proc.unusable[&BaseFs::Procfs], UnusableBase::Missing);
+        assert_eq!(observed("").unusable.len(), 2);
+    }
+
+    #[test]
+    fn proc_shared_with_the_host_is_unusable() {
+        let text = CONTAINER.replace("relatime - proc", "relatime shared:7 master:3 - proc");
+        let table = MountTable::parse(text.as_bytes()).unwrap();
+        let shared = observe(&table, b"/", |group| group == 7);
+        assert_eq!(shared.unusable[&BaseFs::Procfs], UnusableBase::SharedWithHost);
+        assert!(observe(&table, b"/", |group| [3, 8].contains(&group)).unusable.is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn malformed_tables_and_trees_never_panic(
+            text in proptest::collection::vec(any::<u8>(), 0..200),
+            tree in proptest::collection::vec((0u64..6, 0u64..6, 0usize..5), 0..8),
+        ) {
+            let _ = MountTable::parse(&text).map(|t| (observe(&t, b"/", |_| false), t.top(b"/proc").is_some()));
+            let points = ["/", "/proc", "/sys", "/proc/meminfo", "/sys/devices/system/cpu"];
+            let line = |(id, parent, p): &(u64, u64, usize)| format!("{id} {parent} 0:1 / {} rw - proc s o\n", points[*p]);
+            let lines: String = tree.iter().map(line).collect();
+            let table = MountTable::parse(lines.as_bytes()).unwrap();
+            let _ = (observe(&table, b"/", |_| false), table.top(b"/proc").is_some());
+        }
+    }
+}

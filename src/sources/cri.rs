@@ -1,0 +1,208 @@
+//! The runtime over CRI: pod sandboxes with their annotations (`--pods-from cri`), and container
+//! events.
+//!
+//! Annotations of a sandbox never change, and there are no namespace labels.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
+
+use k8s_cri::v1::{
+    ContainerEventResponse, ContainerEventType, ContainerState, PodSandboxMetadata,
+    PodSandboxStatus,
+};
+use tokio::sync::mpsc::Sender;
+
+use crate::{
+    model::{
+        container_id::ContainerId,
+        pod::{Annotations, Container, Pod, StartedContainer, Trigger, Update},
+    },
+    runtime::cri::{CriClient, Error, NextEvent},
+    telemetry::{Backoff, OutageLog},
+};
+
+/// How often the pod sandboxes are listed.
+const LIST_INTERVAL: Duration = Duration::from_secs(30);
+/// The delay before the next list after a failure.
+const LIST_RETRY: Backoff = Backoff::new(Duration::from_secs(1), LIST_INTERVAL);
+/// The delay before events are requested again.
+const EVENTS_RETRY: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(30));
+
+/// Lists the pod sandboxes periodically until the receiver is dropped.
+pub async fn watch(cri: CriClient, updates: Sender<Update>) {
+    let mut outage = OutageLog::new("pods");
+    let mut delays = LIST_RETRY.start();
+    loop {
+        match list_pods(&cri).await {
+            Ok(pods) => {
+                outage.recovered("the runtime lists pods again");
+                delays.reset();
+                if updates.send(Update::PodsReplaced(pods)).await.is_err() {
+                    return;
+                }
+                tokio::time::sleep(LIST_INTERVAL).await;
+            }
+            Err(e) => {
+                outage.failed("failed to list pods from the runtime", &e);
+                tokio::time::sleep(delays.next_delay()).await;
+            }
+        }
+    }
+}
+
+/// The pods of all ready sandboxes with their running containers.
+///
+/// # Errors
+/// When the runtime does not respond.
+pub async fn list_pods(cri: &CriClient) -> Result<Vec<Pod>, Error> {
+    let sandboxes = sandboxes(cri).await?;
+    let mut containers: HashMap<String, Vec<Container>> = HashMap::new();
+    for container in cri.list_running().await? {
+        let Ok(id) = ContainerId::new(&container.id) else { continue };
+        let name = container.metadata.map(|m| m.name).unwrap_or_default();
+        containers
+            .entry(container.pod_sandbox_id)
+            .or_default()
+            .push(Container { name, id: Some(id) });
+    }
+    let with_containers = |(id, pod): (String, Pod)| Pod {
+        containers: containers.remove(&id).unwrap_or_default(),
+        ..pod
+    };
+    Ok(sandboxes.into_iter().map(with_containers).collect())
+}
+
+/// As [`list_pods`], but empty where the runtime does not respond: a list of views without their
+/// pods' names is better than none.
+pub async fn list_pods_or_none(cri: &CriClient) -> Vec<Pod> {
+    list_pods(cri).await.unwrap_or_else(|e| {
+        tracing::warn!("views are shown without their pods' names: {e}");
+        Vec::new()
+    })
+}
+
+/// Reports starts and stops of containers from the runtime's events (`GetContainerEvents`), until
+/// the receiver is dropped. A runtime without events, as containerd before 1.7, is queried once.
+pub async fn watch_events(cri: CriClient, updates: Sender<Update>) {
+    let mut delays = EVENTS_RETRY.start();
+    while !updates.is_closed() {
+        let started = Instant::now();
+        match forward_events(&cri, &updates).await {
+            // CRI-O without evented PLEG closes every stream immediately.
+            Ok(NextEvent::Event(_) | NextEvent::Closed) => {}
+            Ok(NextEvent::Unsupported) => {
+                tracing::debug!("the runtime has no container events");
+                return updates.closed().await;
+            }
+            // The components that need the runtime report its outage.
+            Err(e) => tracing::debug!("container events stopped: {e}"),
+        }
+        if started.elapsed() > EVENTS_RETRY.longest {
+            delays.reset();
+        }
+        tokio::time::sleep(delays.next_delay()).await;
+    }
+}
+
+/// Forwards one stream of events to its end.
+async fn forward_events(cri: &CriClient, updates: &Sender<Update>) -> Result<NextEvent, Error> {
+    let mut stream = cri.events().await?;
+    // Containers that started while no stream was open. Listed beside the stream, so that none
+    // falls between the two.
+    let missed = async {
+        tokio::time::sleep(EVENTS_RETRY.first).await;
+        let requested_at = Instant::now();
+        match list_started(cri).await {
+            Ok(containers) => {
+                let trigger = Trigger::Cri;
+                let _ = updates
+                    .send(Update::ContainersListed { containers, trigger, requested_at })
+                    .await;
+            }
+            Err(e) => tracing::debug!("failed to list containers: {e}"),
+        }
+    };
+    let events = async {
+        loop {
+            match stream.next().await? {
+                NextEvent::Event(event) => {
+                    if let Some(update) = update(*event)
+                        && updates.send(update).await.is_err()
+                    {
+                        return Ok(NextEvent::Closed);
+                    }
+                }
+                end => return Ok(end),
+            }
+        }
+    };
+    tokio::pin!(events, missed);
+    tokio::select! {
+        end = &mut events => return end,
+        () = &mut missed => {}
+    }
+    events.await
+}
+
+/// The containers that are created or running, each with its pod.
+async fn list_started(cri: &CriClient) -> Result<Vec<StartedContainer>, Error> {
+    let pods: HashMap<String, Pod> = sandboxes(cri).await?.into_iter().collect();
+    let started = |container: k8s_cri::v1::Container| {
+        let pod = pods.get(&container.pod_sandbox_id)?.clone();
+        let id = ContainerId::new(&container.id).ok()?;
+        Some(StartedContainer {
+            pod,
+            name: container.metadata.unwrap_or_default().name,
+            id,
+            pid: None,
+        })
+    };
+    Ok(cri.list_created_or_running().await?.into_iter().filter_map(started).collect())
+}
+
+/// The pods of all ready sandboxes by sandbox id, without their containers.
+async fn sandboxes(cri: &CriClient) -> Result<Vec<(String, Pod)>, Error> {
+    let sandboxes = cri.list_ready_sandboxes().await?.into_iter();
+    Ok(sandboxes
+        .map(|s| (s.id, into_pod(s.metadata.unwrap_or_default(), &s.annotations)))
+        .collect())
+}
+
+/// A pod as its sandbox describes it, without its containers.
+fn into_pod(metadata: PodSandboxMetadata, annotations: &HashMap<String, String>) -> Pod {
+    Pod {
+        uid: metadata.uid,
+        namespace: metadata.namespace,
+        name: metadata.name,
+        annotations: Annotations::from_map(annotations),
+        containers: Vec::new(),
+    }
+}
+
+/// Converts an event of a container. Sandboxes have events too, without a container's status, which
+/// are ignored.
+fn update(event: ContainerEventResponse) -> Option<Update> {
+    let id = ContainerId::new(&event.container_id).ok()?;
+    let kind = event.container_event_type();
+    if let ContainerEventType::ContainerStoppedEvent | ContainerEventType::ContainerDeletedEvent =
+        kind
+    {
+        return Some(Update::ContainerStopped(id));
+    }
+    let status =
+        event.containers_statuses.into_iter().find(|status| status.id == event.container_id)?;
+    let PodSandboxStatus { metadata, annotations, .. } = event.pod_sandbox_status?;
+    // An old event may come late: a runtime keeps those that nobody has received.
+    if kind != ContainerEventType::ContainerStartedEvent
+        || status.state != ContainerState::ContainerRunning as i32
+    {
+        return None;
+    }
+    let pod = into_pod(metadata?, &annotations);
+    Some(Update::ContainerStarted(
+        StartedContainer { pod, name: status.metadata?.name, id, pid: None },
+        Trigger::Cri,
+    ))
+}

@@ -1,0 +1,319 @@
+//! The API server (`--pods-from kubernetes`): watches of this node's pods and of the namespaces
+//! that carry the label.
+//!
+//! Thousands of agents may start together. Both lists are served from the API server's cache
+//! (`resourceVersion=0`), the watches use bookmarks, and retries have jitter (kube's default
+//! backoff: 0.8 to 30 s). Only the fields below are decoded of a pod. Of namespaces, only the
+//! metadata of those with the label is requested.
+
+use std::{borrow::Cow, collections::HashMap, pin::pin};
+
+use futures::{Stream, StreamExt};
+use k8s_openapi::{api::core::v1 as core, apimachinery::pkg::apis::meta::v1::ObjectMeta};
+use kube::{
+    Api, Client, Resource,
+    core::PartialObjectMeta,
+    runtime::{
+        WatchStreamExt,
+        watcher::{self, Config, Event},
+    },
+};
+use serde::Deserialize;
+use tokio::sync::mpsc::Sender;
+
+use crate::{
+    model::{
+        container_id::ContainerId,
+        pod::{Annotations, Container, INJECT_KEY, Namespace, Pod, Update},
+    },
+    telemetry::OutageLog,
+};
+
+/// Watches the pods of `node` until the receiver is dropped.
+pub async fn watch_pods(client: Client, node: String, updates: Sender<Update>) {
+    let api: Api<SlimPod> = Api::all(client);
+    let config = Config::default().fields(&format!("spec.nodeName={node}")).any_semantic();
+    let stream = watcher::watcher(api, config).default_backoff();
+    let kinds = UpdateKinds {
+        replaced: Update::PodsReplaced,
+        applied: Update::PodApplied,
+        deleted: Update::PodDeleted,
+    };
+    forward("pods", stream, |pod| Some(into_pod(pod)), |pod| pod.uid.clone(), kinds, updates).await;
+}
+
+/// Watches the labels of namespaces until the receiver is dropped.
+pub async fn watch_namespaces(client: Client, updates: Sender<Update>) {
+    let api: Api<PartialObjectMeta<core::Namespace>> = Api::all(client);
+    // To a watch that selects by the label, a namespace that loses it appears as deleted.
+    let config = Config::default().labels(INJECT_KEY).any_semantic();
+    let stream = watcher::watcher(api, config).default_backoff();
+    let kinds = UpdateKinds {
+        replaced: Update::NamespacesReplaced,
+        applied: Update::NamespaceApplied,
+        deleted: Update::NamespaceDeleted,
+    };
+    forward(
+        "namespaces",
+        stream,
+        into_namespace,
+        |namespace| namespace.name.clone(),
+        kinds,
+        updates,
+    )
+    .await;
+}
+
+/// The updates of one kind of object.
+struct UpdateKinds<T> {
+    replaced: fn(Vec<T>) -> Update,
+    applied: fn(T) -> Update,
+    deleted: fn(String) -> Update,
+}
+
+/// Forwards the events of a watch as updates. `subject` names the kind of object in the log.
+async fn forward<K: Send + 'static, T>(
+    subject: &'static str,
+    stream: impl Stream<Item = watcher::Result<Event<K>>>,
+    convert: impl Fn(K) -> Option<T>,
+    key: impl Fn(&T) -> String,
+    kinds: UpdateKinds<T>,
+    updates: Sender<Update>,
+) {
+    let mut stream = pin!(stream);
+    let mut listed = Vec::new();
+    let mut outage = OutageLog::new(subject);
+    while let Some(event) = stream.next().await {
+        let update = match event {
+            Ok(event) => {
+                outage.recovered(&format!("the watch of {subject} works again"));
+                match event {
+                    Event::Init => {
+                        listed = Vec::new();
+                        None
+                    }
+                    Event::InitApply(object) => {
+                        listed.extend(convert(object));
+                        None
+                    }
+                    Event::InitDone => Some((kinds.replaced)(std::mem::take(&mut listed))),
+                    Event::Apply(object) => convert(object).map(kinds.applied),
+                    Event::Delete(object) => {
+                        convert(object).map(|object| (kinds.deleted)(key(&object)))
+                    }
+                }
+            }
+            Err(e) => {
+                outage.failed(&format!("failed to watch {subject} at the API server"), &e);
+                None
+            }
+        };
+        if let Some(update) = update
+            && updates.send(update).await.is_err()
+        {
+            return;
+        }
+    }
+}
+
+fn into_namespace(namespace: PartialObjectMeta<core::Namespace>) -> Option<Namespace> {
+    let label = namespace.metadata.labels?.remove(INJECT_KEY)?;
+    Some(Namespace { name: namespace.metadata.name?, label })
+}
+
+/// The fields of a Pod that are decoded.
+#[derive(Clone, Debug, Deserialize)]
+struct SlimPod {
+    metadata: SlimMeta,
+    #[serde(default)]
+    spec: SlimSpec,
+    #[serde(default)]
+    status: SlimStatus,
+}
+
+/// [`ObjectMeta`] without its large parts: managed fields and unrelated annotations.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(from = "FullMeta")]
+struct SlimMeta {
+    /// The fields that kube's watcher reads: name, namespace, uid, resource version.
+    kube: ObjectMeta,
+    annotations: Annotations,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct FullMeta {
+    name: Option<String>,
+    namespace: Option<String>,
+    uid: Option<String>,
+    resource_version: Option<String>,
+    #[serde(default)]
+    annotations: std::collections::BTreeMap<String, String>,
+}
+
+impl From<FullMeta> for SlimMeta {
+    fn from(full: FullMeta) -> Self {
+        SlimMeta {
+            annotations: Annotations::from_map(&full.annotations),
+            kube: ObjectMeta {
+                name: full.name,
+                namespace: full.namespace,
+                uid: full.uid,
+                resource_version: full.resource_version,
+                ..ObjectMeta::default()
+            },
+        }
+    }
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct SlimSpec {
+    #[serde(default)]
+    init_containers: Vec<SlimContainer>,
+    #[serde(default)]
+    containers: Vec<SlimContainer>,
+    #[serde(default)]
+    ephemeral_containers: Vec<SlimContainer>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct SlimContainer {
+    name: String,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct SlimStatus {
+    #[serde(default, rename = "initContainerStatuses")]
+    init: Vec<SlimContainerStatus>,
+    #[serde(default, rename = "containerStatuses")]
+    main: Vec<SlimContainerStatus>,
+    #[serde(default, rename = "ephemeralContainerStatuses")]
+    ephemeral: Vec<SlimContainerStatus>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct SlimContainerStatus {
+    name: String,
+    #[serde(rename = "containerID")]
+    container_id: Option<String>,
+    #[serde(default)]
+    state: SlimState,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct SlimState {
+    running: Option<serde::de::IgnoredAny>,
+}
+
+impl Resource for SlimPod {
+    type DynamicType = ();
+    type Scope = k8s_openapi::NamespaceResourceScope;
+
+    fn kind((): &()) -> Cow<'_, str> {
+        core::Pod::kind(&())
+    }
+
+    fn group((): &()) -> Cow<'_, str> {
+        core::Pod::group(&())
+    }
+
+    fn version((): &()) -> Cow<'_, str> {
+        core::Pod::version(&())
+    }
+
+    fn plural((): &()) -> Cow<'_, str> {
+        core::Pod::plural(&())
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata.kube
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata.kube
+    }
+}
+
+fn into_pod(pod: SlimPod) -> Pod {
+    let SlimStatus { init, main, ephemeral } = pod.status;
+    let statuses = init.into_iter().chain(main).chain(ephemeral);
+    let mut running: HashMap<String, ContainerId> = statuses
+        .filter(|status| status.state.running.is_some())
+        .filter_map(|status| {
+            Some((status.name, ContainerId::from_url(&status.container_id?).ok()?))
+        })
+        .collect();
+    let SlimSpec { init_containers, containers, ephemeral_containers } = pod.spec;
+    let all = init_containers.into_iter().chain(containers).chain(ephemeral_containers);
+    let container = |c: SlimContainer| Container { id: running.remove(&c.name), name: c.name };
+    let containers = all.map(container).collect();
+    let SlimMeta { kube, annotations } = pod.metadata;
+    Pod {
+        uid: kube.uid.unwrap_or_default(),
+        namespace: kube.namespace.unwrap_or_default(),
+        name: kube.name.unwrap_or_default(),
+        annotations,
+        containers,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As a 1.33 API server returns it, with an init container that has exited, a sidecar (an init
+    /// container that runs on), an ephemeral container, and `hostUsers: false`.
+    const POD: &str = r#"{
+        "metadata": {"name": "web", "namespace": "shop", "uid": "u-1", "resourceVersion": "42",
+            "annotations": {"kube-lxcfs.io/inject": "true", "other": "x"},
+            "managedFields": [{"manager": "kubectl"}]},
+        "spec": {"hostUsers": false, "nodeName": "n",
+            "initContainers": [{"name": "setup"}, {"name": "proxy", "restartPolicy": "Always"}],
+            "containers": [{"name": "app", "image": "x"}, {"name": "waiting"}],
+            "ephemeralContainers": [{"name": "debugger"}]},
+        "status": {
+            "initContainerStatuses": [
+                {"name": "setup", "containerID": "containerd://aa", "state": {"terminated": {"exitCode": 0}}},
+                {"name": "proxy", "containerID": "containerd://bb", "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}}],
+            "containerStatuses": [
+                {"name": "app", "containerID": "cri-o://cc", "state": {"running": {}}},
+                {"name": "waiting", "state": {"waiting": {"reason": "ContainerCreating"}}}],
+            "ephemeralContainerStatuses": [{"name": "debugger", "containerID": "docker://dd", "state": {"running": {}}}]}
+    }"#;
+
+    #[test]
+    fn all_container_kinds_count_and_running_ones_have_ids() {
+        let pod = into_pod(serde_json::from_str(POD).unwrap());
+        let ids: Vec<_> = pod
+            .containers
+            .iter()
+            .map(|c| (c.name.as_str(), c.id.as_ref().map(ContainerId::as_str)))
+            .collect();
+        let expected = [
+            ("setup", None),
+            ("proxy", Some("bb")),
+            ("app", Some("cc")),
+            ("waiting", None),
+            ("debugger", Some("dd")),
+        ];
+        assert_eq!(ids, expected);
+        assert_eq!(
+            (pod.uid.as_str(), pod.namespace.as_str(), pod.name.as_str()),
+            ("u-1", "shop", "web")
+        );
+        assert_eq!(pod.annotations.inject.as_deref(), Some("true"));
+    }
+
+    #[test]
+    fn pod_without_status_decodes() {
+        let pod = into_pod(
+            serde_json::from_str(
+                r#"{"metadata": {"name": "p"}, "spec": {"containers": [{"name": "a"}]}}"#,
+            )
+            .unwrap(),
+        );
+        assert_eq!(pod.containers, [Container { name: "a".into(), id: None }]);
+    }
+}

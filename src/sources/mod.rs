@@ -1,0 +1,7 @@
+//! The sources of updates about pods and containers: the API server, the runtime over CRI, and the
+//! runtime over NRI. They send [`Update`](crate::model::pod::Update)s and know nothing of views or
+//! mounts.
+
+pub mod cri;
+pub mod kubernetes;
+pub mod nri;

@@ -1,0 +1,415 @@
+//! A plugin of the runtime's NRI (Node Resource Interface). The runtime calls it between the
+//! creation of a container and its first instruction, and waits for the reply. The plugin always
+//! replies with success within half the runtime's timeout: it can delay a start, never fail it.
+//!
+//! Sources: containerd/nri `pkg/api/api.proto` and `pkg/stub`; tried with containerd 1.7.24 and
+//! 2.1.9.
+
+mod service;
+pub mod ttrpc;
+
+use std::{
+    convert::Infallible,
+    io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use bytes::{Bytes, BytesMut};
+use futures::{StreamExt, future::BoxFuture, stream::FuturesUnordered};
+use prost::Message as _;
+use rustix::fs::inotify;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, Interest},
+    net::UnixStream,
+    sync::{mpsc, oneshot},
+};
+
+use self::{
+    service::PluginService,
+    ttrpc::{Frame, Message, MessageType},
+};
+use crate::{
+    model::pod::{StartedContainer, Update},
+    sys,
+    telemetry::{Backoff, OutageLog},
+};
+
+/// The usual socket of the runtime for plugins.
+pub const DEFAULT_SOCKET: &str = "/var/run/nri/nri.sock";
+const NAME: &str = "kube-lxcfs";
+/// After the plugins that change containers.
+const INDEX: &str = "90";
+/// How long the runtime may take to reply to the registration.
+const REGISTRATION_TIMEOUT: Duration = Duration::from_secs(5);
+/// The delay before the next connection. A new socket ends it early.
+const RECONNECT: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(30));
+/// A session that lasted so long resets the delay.
+const STABLE_SESSION: Duration = Duration::from_secs(10);
+/// The delay between the creation of the socket's file and the connection: the runtime binds first
+/// and listens then.
+const LISTEN_DELAY: Duration = Duration::from_millis(50);
+
+/// Whether NRI is used (`--nri`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum NriMode {
+    /// Where the runtime has it.
+    Auto,
+    Off,
+    /// The agent exits with an error if the runtime does not have it.
+    Required,
+}
+
+/// Why there is no session with the runtime.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "NRI socket {path}: failed to connect: {cause}; enable NRI in the runtime's configuration, set --nri-socket, or use --nri auto"
+    )]
+    Connect { path: PathBuf, cause: io::Error },
+    #[error(
+        "NRI socket {0}: registration timed out after {REGISTRATION_TIMEOUT:?}; set --nri-socket to the runtime's NRI socket"
+    )]
+    RegistrationTimeout(PathBuf),
+    #[error("NRI: the runtime refused the plugin: {0}")]
+    Refused(String),
+    #[error("NRI: the runtime closed the session")]
+    Disconnected,
+    #[error("NRI: {0}")]
+    Io(#[from] io::Error),
+    #[error("NRI: {0}")]
+    Protocol(#[from] ttrpc::Error),
+}
+
+/// A container whose start the runtime blocks until `reply` is used or dropped.
+#[derive(Debug)]
+pub struct BlockedStart {
+    pub container: StartedContainer,
+    pub reply: oneshot::Sender<()>,
+}
+
+/// Where the plugin sends starts and updates.
+#[derive(Clone, Debug)]
+pub struct Outputs {
+    pub starts: mpsc::Sender<BlockedStart>,
+    pub updates: mpsc::Sender<Update>,
+}
+
+/// Serves the runtime as its plugin until the receivers are dropped, and reconnects after each
+/// session.
+///
+/// # Errors
+/// With `required`, when the first session fails before the registration.
+pub async fn run(socket: &Path, required: bool, outputs: Outputs) -> Result<(), Error> {
+    let mut outage = OutageLog::new("nri");
+    let mut delays = RECONNECT.start();
+    let mut first = required;
+    loop {
+        let started = Instant::now();
+        let mut registered = false;
+        let Err(error) = session(socket, &outputs, &mut registered, &mut outage).await;
+        if outputs.updates.is_closed() {
+            return Ok(());
+        }
+        match error {
+            e if first && !registered => return Err(e),
+            // A node without NRI is not an outage.
+            Error::Connect { cause, .. } if cause.kind() == io::ErrorKind::NotFound => {
+                tracing::debug!(socket = %socket.display(), "no NRI socket");
+            }
+            e => outage.failed("NRI is unavailable, using CRI events and the pod watch", &e),
+        }
+        first &= !registered;
+        if registered && started.elapsed() >= STABLE_SESSION {
+            delays.reset();
+        }
+        tokio::select! {
+            () = tokio::time::sleep(delays.next_delay()) => {}
+            () = wait_for_socket(socket) => delays.reset(),
+        }
+    }
+}
+
+/// Waits until the socket is created.
+async fn wait_for_socket(socket: &Path) {
+    loop {
+        let Ok(watch) = watch_parent_dir(socket) else { return std::future::pending().await };
+        let Ok(watch) = sys::async_fd(watch, Interest::READABLE) else {
+            return std::future::pending().await;
+        };
+        let _ = watch.readable().await;
+        tokio::time::sleep(LISTEN_DELAY).await;
+        if socket.exists() {
+            return;
+        }
+    }
+}
+
+/// Watches the socket's directory, or the nearest existing directory above it, for new entries
+/// (inotify(7)).
+fn watch_parent_dir(socket: &Path) -> io::Result<OwnedFd> {
+    let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+    let mut last = io::Error::from(io::ErrorKind::NotFound);
+    for directory in socket.ancestors().skip(1) {
+        match inotify::add_watch(
+            &watch,
+            directory,
+            inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO,
+        ) {
+            Ok(_) => return Ok(watch),
+            Err(e) => last = e.into(),
+        }
+    }
+    Err(last)
+}
+
+/// One session, from the connection to its end, which always is an error.
+async fn session(
+    socket: &Path,
+    outputs: &Outputs,
+    registered: &mut bool,
+    outage: &mut OutageLog,
+) -> Result<Infallible, Error> {
+    let connected = UnixStream::connect(socket).await;
+    let mut stream =
+        connected.map_err(|cause| Error::Connect { path: socket.to_owned(), cause })?;
+    let (mut read, mut write) = stream.split();
+    let mut out = BytesMut::new();
+    registration().frame(ttrpc::RUNTIME).encode(&mut out);
+    write.write_all(&out).await?;
+
+    let timeout = tokio::time::sleep(REGISTRATION_TIMEOUT);
+    tokio::pin!(timeout);
+    let mut service = PluginService::new(outputs);
+    let mut replies: FuturesUnordered<BoxFuture<'_, Message>> = FuturesUnordered::new();
+    // The bytes of the socket, and of the two connections in it: calls of the runtime, and
+    // responses to ours.
+    let (mut raw, mut calls, mut responses) = (BytesMut::new(), BytesMut::new(), BytesMut::new());
+    loop {
+        tokio::select! {
+            received = read.read_buf(&mut raw) => {
+                if received? == 0 {
+                    return Err(Error::Disconnected);
+                }
+                while let Some(Frame { connection, payload }) = Frame::decode(&mut raw)? {
+                    match connection {
+                        ttrpc::PLUGIN => calls.extend_from_slice(&payload),
+                        ttrpc::RUNTIME => responses.extend_from_slice(&payload),
+                        _ => {}
+                    }
+                }
+                while let Some(message) = Message::decode(&mut responses)? {
+                    if let (MessageType::Response, 1, false) = (message.message_type, message.stream, *registered) {
+                        accepted(&message.payload)?;
+                        *registered = true;
+                        tracing::info!(nri = "registered", "NRI plugin registered");
+                        outage.recovered("NRI is available again");
+                    }
+                }
+                while let Some(message) = Message::decode(&mut calls)? {
+                    if message.message_type == MessageType::Request {
+                        replies.push(service.call(message));
+                    }
+                }
+            }
+            Some(reply) = replies.next() => {
+                let mut out = BytesMut::new();
+                reply.frame(ttrpc::PLUGIN).encode(&mut out);
+                write.write_all(&out).await?;
+            }
+            () = &mut timeout, if !*registered => return Err(Error::RegistrationTimeout(socket.to_owned())),
+        }
+    }
+}
+
+/// The plugin's first message.
+fn registration() -> Message {
+    let register =
+        ttrpc::RegisterPluginRequest { plugin_name: NAME.into(), plugin_idx: INDEX.into() };
+    let request = ttrpc::Request {
+        service: "nri.pkg.api.v1alpha1.Runtime".into(),
+        method: "RegisterPlugin".into(),
+        payload: register.encode_to_vec().into(),
+    };
+    Message {
+        stream: 1,
+        message_type: MessageType::Request,
+        payload: request.encode_to_vec().into(),
+    }
+}
+
+/// Checks the runtime's response to the registration.
+fn accepted(response: &Bytes) -> Result<(), Error> {
+    match ttrpc::Response::decode(response.clone()) {
+        Ok(ttrpc::Response { status: Some(status), .. }) if status.code != 0 => {
+            Err(Error::Refused(status.message))
+        }
+        Ok(_) => Ok(()),
+        Err(e) => Err(Error::Refused(format!("malformed response: {e}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        service::{SERVICE, empty},
+        ttrpc::{ConfigureRequest, StateChangeEvent, SynchronizeRequest, event},
+        *,
+    };
+
+    /// The runtime's side of a session, registered and configured.
+    struct Runtime {
+        stream: UnixStream,
+        raw: BytesMut,
+        calls: u32,
+    }
+
+    impl Runtime {
+        async fn accept(listener: &tokio::net::UnixListener, request_timeout: i64) -> Runtime {
+            let (stream, _) = listener.accept().await.unwrap();
+            let mut runtime = Runtime { stream, raw: BytesMut::new(), calls: 0 };
+            let register = runtime.message(ttrpc::RUNTIME).await;
+            let request = ttrpc::Request::decode(register.payload).unwrap();
+            assert_eq!(request.method, "RegisterPlugin");
+            runtime.send(ttrpc::RUNTIME, &empty(register.stream)).await;
+            let configure = ConfigureRequest { request_timeout, ..ConfigureRequest::default() };
+            runtime.call("Configure", &configure).await;
+            let events = ttrpc::ConfigureResponse::decode(runtime.reply().await).unwrap().events;
+            assert_eq!(events, 1 << 5 | 1 << 9 | 1 << 10);
+            runtime
+        }
+
+        async fn send(&mut self, connection: u32, message: &Message) {
+            let mut out = BytesMut::new();
+            message.frame(connection).encode(&mut out);
+            self.stream.write_all(&out).await.unwrap();
+        }
+
+        async fn call(&mut self, method: &str, payload: &impl prost::Message) {
+            self.calls += 2;
+            let payload = payload.encode_to_vec().into();
+            let request =
+                ttrpc::Request { service: SERVICE.into(), method: method.into(), payload };
+            let payload = request.encode_to_vec().into();
+            self.send(
+                ttrpc::PLUGIN,
+                &Message { stream: self.calls, message_type: MessageType::Request, payload },
+            )
+            .await;
+        }
+
+        async fn message(&mut self, connection: u32) -> Message {
+            loop {
+                if let Some(frame) = Frame::decode(&mut self.raw).unwrap() {
+                    assert_eq!(frame.connection, connection);
+                    return Message::decode(&mut BytesMut::from(&frame.payload[..]))
+                        .unwrap()
+                        .unwrap();
+                }
+                assert_ne!(self.stream.read_buf(&mut self.raw).await.unwrap(), 0);
+            }
+        }
+
+        /// The reply to the last call, which is never an error.
+        async fn reply(&mut self) -> Bytes {
+            let message = self.message(ttrpc::PLUGIN).await;
+            assert_eq!((message.stream, message.message_type), (self.calls, MessageType::Response));
+            let response = ttrpc::Response::decode(message.payload).unwrap();
+            assert_eq!(response.status, None);
+            response.payload
+        }
+    }
+
+    fn start(method: &str) -> (&str, Vec<u8>) {
+        let pod = Some(ttrpc::PodSandbox { id: "p".into(), uid: "u".into(), ..Default::default() });
+        let container = Some(ttrpc::Container {
+            id: "c".into(),
+            name: "app".into(),
+            pid: 7,
+            ..Default::default()
+        });
+        let payload = match method {
+            "StateChange" => {
+                StateChangeEvent { event: event::START_CONTAINER, pod, container }.encode_to_vec()
+            }
+            _ => ttrpc::ContainerRequest { pod, container }.encode_to_vec(),
+        };
+        (method, payload)
+    }
+
+    #[tokio::test]
+    async fn start_waits_for_injection_up_to_half_timeout() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("nri.sock");
+        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        let ((starts, mut blocked), (updates, mut received)) = (mpsc::channel(4), mpsc::channel(4));
+        let plugin =
+            tokio::spawn(async move { run(&socket, true, Outputs { starts, updates }).await });
+        let mut runtime = Runtime::accept(&listener, 600).await;
+        for (method, payload) in [start("StateChange"), start("StartContainer")] {
+            runtime.calls += 2;
+            let request = ttrpc::Request {
+                service: SERVICE.into(),
+                method: method.into(),
+                payload: payload.into(),
+            };
+            let message = Message {
+                stream: runtime.calls,
+                message_type: MessageType::Request,
+                payload: request.encode_to_vec().into(),
+            };
+            runtime.send(ttrpc::PLUGIN, &message).await;
+            let BlockedStart { container, reply } = blocked.recv().await.unwrap();
+            assert_eq!(
+                (container.id.as_str(), container.pid, container.pod.uid.as_str()),
+                ("c", Some(7), "u")
+            );
+            // There is no reply before the view is injected.
+            let early =
+                tokio::time::timeout(Duration::from_millis(100), runtime.message(ttrpc::PLUGIN))
+                    .await;
+            assert!(early.is_err(), "{method}: {early:?}");
+            reply.send(()).unwrap();
+            runtime.reply().await;
+            // If the injection hangs, the reply still comes in time: the sender is held.
+            runtime.calls += 2;
+            let message = Message { stream: runtime.calls, ..message };
+            let started = Instant::now();
+            runtime.send(ttrpc::PLUGIN, &message).await;
+            let _held = blocked.recv().await.unwrap();
+            runtime.reply().await;
+            assert!(started.elapsed() >= Duration::from_millis(250), "{:?}", started.elapsed());
+        }
+        // Unknown calls are no errors. The containers that exist come in parts.
+        runtime.call("PostStartSomething", &ConfigureRequest::default()).await;
+        runtime.reply().await;
+        let pod = ttrpc::PodSandbox { id: "p".into(), uid: "u".into(), ..Default::default() };
+        let container = |id: &str, state| ttrpc::Container {
+            id: id.into(),
+            pod_sandbox_id: "p".into(),
+            state,
+            ..Default::default()
+        };
+        let first = SynchronizeRequest {
+            pods: Vec::new(),
+            containers: vec![container("a", 3)],
+            more: true,
+        };
+        runtime.call("Synchronize", &first).await;
+        assert!(ttrpc::SynchronizeResponse::decode(runtime.reply().await).unwrap().more);
+        let containers = vec![container("b", 1), container("ended", 4)];
+        runtime
+            .call("Synchronize", &SynchronizeRequest { pods: vec![pod], containers, more: false })
+            .await;
+        assert!(!ttrpc::SynchronizeResponse::decode(runtime.reply().await).unwrap().more);
+        let Update::ContainersListed { containers, .. } = received.recv().await.unwrap() else {
+            panic!("another update");
+        };
+        assert_eq!(containers.iter().map(|s| s.id.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+        // The runtime restarts.
+        drop(runtime);
+        Runtime::accept(&listener, 0).await;
+        plugin.abort();
+    }
+}

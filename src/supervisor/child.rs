@@ -1,0 +1,119 @@
+//! lxcfs as a child process: its options, its start and its end.
+
+use std::{
+    ffi::OsString,
+    io,
+    os::unix::process::ExitStatusExt,
+    path::{Path, PathBuf},
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+
+use rustix::process::{Pid, Signal};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncRead, BufReader},
+    process::{Child, Command},
+};
+
+use super::Error;
+
+/// Options that are used if this lxcfs has them: load average, CPU limits as CPU counts, and
+/// pidfds.
+const OPTIONS: [&str; 3] = ["--enable-loadavg", "--enable-cfs", "--enable-pidfd"];
+/// The limit for `lxcfs --help`.
+const HELP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often `lxcfs --help` is tried if it is killed by a signal.
+const HELP_ATTEMPTS: u32 = 3;
+/// How long lxcfs may take to exit after SIGTERM.
+const TERM_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// The options of [`OPTIONS`] that this lxcfs has, by its own help text: versions differ.
+pub(super) async fn supported_options(bin: &Path) -> Result<Vec<&'static str>, Error> {
+    let failed = |cause| Error::Bin { bin: bin.to_owned(), cause };
+    let mut attempts = 0;
+    let output = loop {
+        let mut help = Command::new(bin);
+        help.arg("--help").stdin(Stdio::null()).kill_on_drop(true);
+        let output = match tokio::time::timeout(HELP_TIMEOUT, help.output()).await {
+            Ok(output) => output.map_err(failed)?,
+            Err(_) => return Err(failed(io::ErrorKind::TimedOut.into())),
+        };
+        attempts += 1;
+        // Its exit status differs from version to version, but if it was killed its output is
+        // incomplete.
+        match output.status.code() {
+            Some(_) => break output,
+            None if attempts < HELP_ATTEMPTS => {}
+            None => {
+                return Err(failed(io::Error::other(format!(
+                    "--help exited by {}",
+                    describe(output.status)
+                ))));
+            }
+        }
+    };
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    Ok(OPTIONS.into_iter().filter(|option| text.contains(option)).collect())
+}
+
+/// Starts lxcfs at `path`.
+pub(super) fn start(
+    bin: &Path,
+    path: &Path,
+    options: &[&str],
+    args: &[OsString],
+) -> Result<Child, Error> {
+    // At each start: if the directory is removed, lxcfs still comes back.
+    std::fs::create_dir_all(path).map_err(|cause| Error::Path { path: path.to_owned(), cause })?;
+    let pid_file = pid_file(path);
+    let _ = std::fs::remove_file(&pid_file);
+    let mut command = Command::new(bin);
+    command.arg("-f").args(options).arg("-p").arg(pid_file).args(args).arg(path);
+    // In its own process group: on Ctrl-C at a terminal the supervisor sweeps the containers first.
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    let mut child = command.spawn().map_err(|cause| Error::Bin { bin: bin.to_owned(), cause })?;
+    forward(child.stdout.take());
+    forward(child.stderr.take());
+    Ok(child)
+}
+
+/// Terminates the child if it still runs.
+pub(super) async fn terminate(child: &mut Child) {
+    if let Some(pid) = pid(child) {
+        let _ = rustix::process::kill_process(pid, Signal::TERM);
+        // No container has a view of it any more: a kill loses nothing.
+        if tokio::time::timeout(TERM_TIMEOUT, child.wait()).await.is_err() {
+            let _ = child.kill().await;
+        }
+    }
+}
+
+pub(super) fn pid(child: &Child) -> Option<Pid> {
+    child.id().and_then(|pid| Pid::from_raw(pid.cast_signed()))
+}
+
+/// The pid file, beside the mount point, so that it is removed with the directory that holds both.
+pub(super) fn pid_file(path: &Path) -> PathBuf {
+    let name =
+        path.file_name().map_or_else(|| "lxcfs".into(), |name| name.to_string_lossy().into_owned());
+    path.with_file_name(format!(".{name}.pid"))
+}
+
+pub(super) fn describe(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exit status {code}"),
+        (_, Some(signal)) => format!("signal {signal}"),
+        _ => status.to_string(),
+    }
+}
+
+/// Forwards the output of lxcfs to the log, line by line.
+fn forward(output: Option<impl AsyncRead + Unpin + Send + 'static>) {
+    let Some(output) = output else { return };
+    tokio::spawn(async move {
+        let mut lines = BufReader::new(output).lines();
+        while let Ok(Some(line)) = lines.next_line().await {
+            tracing::info!("lxcfs: {line}");
+        }
+    });
+}

@@ -1,0 +1,340 @@
+//! `kube-lxcfs lxcfs`: runs lxcfs as its child, so that no container keeps a dead view or hangs on
+//! a hung lxcfs.
+//!
+//! When lxcfs exits, the supervisor first unmounts it at the serving path, so that nobody can make
+//! new views of it. Then it sweeps every mount namespace and starts lxcfs again. At a shutdown it
+//! sweeps before it stops lxcfs, so that no reader sees an error.
+
+mod child;
+mod predecessors;
+pub mod volume;
+
+use std::{
+    collections::HashSet,
+    ffi::OsString,
+    io,
+    path::{Path, PathBuf},
+    process::ExitStatus,
+    time::{Duration, Instant},
+};
+
+use rustix::{mount::UnmountFlags, process::Signal};
+use tokio::{
+    process::Child,
+    signal::unix::{SignalKind, signal},
+};
+
+use self::predecessors::Predecessors;
+use crate::{
+    lxcfs::{Error as FindError, Finder, Identity, MountTableWatch, identify},
+    mount::Workers,
+    node,
+    sys::mountinfo::Dev,
+    telemetry::Backoff,
+};
+
+/// Most of the cost of a detach is waiting for RCU, so many threads sweep concurrently, for any
+/// number of CPUs.
+const SWEEPERS: usize = 48;
+/// The nice value of the supervisor and of lxcfs (setpriority(2)).
+const NICE: i32 = -10;
+/// The limit of a sweep in one namespace.
+const SWEEP_DEADLINE: Duration = Duration::from_secs(5);
+/// How long lxcfs may take to serve after its start.
+const STARTUP_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often the mount is looked for during a start.
+const STARTUP_POLL: Duration = Duration::from_millis(5);
+/// A reader that opened a view file just before its removal finishes within this time.
+const DRAIN: Duration = Duration::from_millis(200);
+/// The delay before a restart, from the second failure on.
+const RESTART: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+/// An lxcfs that served so long resets the delay.
+const BACKOFF_RESET: Duration = Duration::from_secs(60);
+
+/// What is run, and where.
+#[derive(Clone, Debug)]
+pub struct Supervisor {
+    pub path: PathBuf,
+    pub bin: PathBuf,
+    pub args: Vec<OsString>,
+    /// An lxcfs that does not respond for this time is killed.
+    pub watchdog: Duration,
+}
+
+/// Why lxcfs cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("failed to run {bin}: {cause}; install lxcfs, or set --lxcfs-bin to its program")]
+    Bin { bin: PathBuf, cause: io::Error },
+    #[error("failed to create the lxcfs path {path}: {cause}")]
+    Path { path: PathBuf, cause: io::Error },
+    #[error("failed to start the threads for sweeps: {0}")]
+    Workers(io::Error),
+    #[error("failed to listen for signals: {0}")]
+    Signals(io::Error),
+    #[error("failed to watch the mount table: {0}")]
+    Watch(io::Error),
+}
+
+/// Why lxcfs stopped serving.
+enum ExitReason {
+    Exited(io::Result<ExitStatus>),
+    Hung,
+    /// The serving path was unmounted, or another mount covers it. Existing views still work.
+    Unmounted,
+    Shutdown,
+}
+
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+    hangup: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn listen() -> io::Result<Signals> {
+        Ok(Signals {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    async fn shutdown(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// The worker pools: one for sweeps, one with a single thread for probes of lxcfs.
+struct Pools {
+    sweepers: Workers,
+    probe_workers: Workers,
+    probe_interval: Duration,
+}
+
+impl Supervisor {
+    /// Runs until SIGTERM or SIGINT. Leaves no mount, process or view behind.
+    ///
+    /// # Errors
+    /// When lxcfs cannot be run at all; an lxcfs that exits or hangs is restarted.
+    pub async fn run(self) -> Result<(), Error> {
+        self.run_until_shutdown().await?;
+        self.clean_up();
+        Ok(())
+    }
+
+    async fn run_until_shutdown(&self) -> Result<(), Error> {
+        let mut signals = Signals::listen().map_err(Error::Signals)?;
+        // Every reader of the node waits for these threads, and for lxcfs, which inherits the
+        // value. Without CAP_SYS_NICE the value stays as it is.
+        let _ = rustix::process::setpriority_process(None, NICE);
+        // Ten probes per watchdog time: the probe that is pending at a kill is younger than the
+        // hang by one interval.
+        let probe_interval = self.watchdog / 10;
+        let probe_deadline = self.watchdog.saturating_sub(probe_interval);
+        let pools = Pools {
+            sweepers: Workers::start(SWEEPERS, SWEEP_DEADLINE).map_err(Error::Workers)?,
+            probe_workers: Workers::start(1, probe_deadline).map_err(Error::Workers)?,
+            probe_interval,
+        };
+        let options = child::supported_options(&self.bin).await?;
+        let mut mount_table = MountTableWatch::new().map_err(Error::Watch)?;
+        let mut predecessors = Predecessors::take_over(&self.path, &pools.sweepers).await;
+        let mut failures = 0;
+        loop {
+            let started = Instant::now();
+            let mut child = child::start(&self.bin, &self.path, &options, &self.args)?;
+            let reason = match self.wait_until_serving(&mut child, &pools, &mut signals).await {
+                Err(reason) => reason,
+                Ok(identity) => {
+                    tracing::info!(lxcfs = "serving", dev = %identity.dev, elapsed = ?started.elapsed(), "lxcfs serves");
+                    predecessors.replace(&self.path, &pools.sweepers, &pools.probe_workers).await;
+                    let reason = self
+                        .serve(&mut child, identity, &pools, &mut mount_table, &mut signals)
+                        .await;
+                    self.stop_serving(&mut child, identity.dev, &reason, &pools.sweepers).await;
+                    if let ExitReason::Shutdown = reason {
+                        return Ok(());
+                    }
+                    reason
+                }
+            };
+            if let ExitReason::Exited(status) = &reason {
+                let (status, elapsed) =
+                    (status.as_ref().map(|s| child::describe(*s)), started.elapsed());
+                tracing::error!(exit_reason = "exited", ?status, ?elapsed, "lxcfs exited");
+            }
+            child::terminate(&mut child).await;
+            unmount_all(&self.path);
+            if let ExitReason::Shutdown = reason {
+                return Ok(());
+            }
+            failures = if started.elapsed() >= BACKOFF_RESET { 0 } else { failures + 1 };
+            let delay = restart_delay(failures);
+            tracing::info!(?delay, "restarting lxcfs");
+            tokio::select! {
+                () = tokio::time::sleep(delay) => {}
+                () = signals.shutdown() => return Ok(()),
+            }
+        }
+    }
+
+    async fn wait_until_serving(
+        &self,
+        child: &mut Child,
+        pools: &Pools,
+        signals: &mut Signals,
+    ) -> Result<Identity, ExitReason> {
+        let started = Instant::now();
+        let finder = Finder::new(&self.path);
+        let serves = async {
+            loop {
+                if let Some(identity) = identify(&self.path) {
+                    match finder.find(&pools.probe_workers).await {
+                        Ok(_) => return Some(identity),
+                        Err(FindError::Hung { .. }) => return None,
+                        Err(_) => {}
+                    }
+                }
+                if started.elapsed() > STARTUP_TIMEOUT {
+                    return None;
+                }
+                tokio::time::sleep(STARTUP_POLL).await;
+            }
+        };
+        tokio::select! {
+            serves = serves => serves.ok_or(ExitReason::Hung),
+            status = child.wait() => Err(ExitReason::Exited(status)),
+            () = signals.shutdown() => Err(ExitReason::Shutdown),
+        }
+    }
+
+    /// Waits until lxcfs stops serving, or is to be stopped.
+    async fn serve(
+        &self,
+        child: &mut Child,
+        serving: Identity,
+        pools: &Pools,
+        mount_table: &mut MountTableWatch,
+        signals: &mut Signals,
+    ) -> ExitReason {
+        let pid = child::pid(child);
+        let uptime = self.path.join("proc/uptime");
+        let hangs = async {
+            loop {
+                tokio::time::sleep(pools.probe_interval).await;
+                let uptime = uptime.clone();
+                // An error is a response too: `unmounted` notices a path that was unmounted or
+                // covered.
+                if pools.probe_workers.run(move |_| std::fs::read(uptime).is_ok()).await.is_err() {
+                    return;
+                }
+            }
+        };
+        let unmounted = async {
+            // A covered lxcfs serves nobody.
+            while identify(&self.path) == Some(serving) {
+                mount_table.changed().await;
+            }
+        };
+        tokio::pin!(hangs, unmounted);
+        loop {
+            tokio::select! {
+                status = child.wait() => return ExitReason::Exited(status),
+                () = &mut hangs => return ExitReason::Hung,
+                () = &mut unmounted => return ExitReason::Unmounted,
+                _ = signals.terminate.recv() => return ExitReason::Shutdown,
+                _ = signals.interrupt.recv() => return ExitReason::Shutdown,
+                _ = signals.hangup.recv() => {
+                    tracing::info!("reloading liblxcfs");
+                    if let Some(pid) = pid {
+                        let _ = rustix::process::kill_process(pid, Signal::USR1);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Removes the views of an lxcfs that stopped serving, before it is terminated if it still
+    /// runs.
+    async fn stop_serving(
+        &self,
+        child: &mut Child,
+        dev: Dev,
+        reason: &ExitReason,
+        sweepers: &Workers,
+    ) {
+        let stopped = Instant::now();
+        match reason {
+            ExitReason::Hung => {
+                tracing::error!(exit_reason = "hung", timeout = ?self.watchdog, "lxcfs is unresponsive, killing it");
+                let _ = child.start_kill();
+            }
+            ExitReason::Unmounted => {
+                let path = self.path.display();
+                tracing::error!(exit_reason = "unmounted", %path, "lxcfs is no longer the topmost mount");
+            }
+            ExitReason::Exited(_) | ExitReason::Shutdown => {}
+        }
+        // From here on nobody can make new views of it. Existing ones work as long as it lives.
+        while identify(&self.path).is_some_and(|top| top.dev == dev) && detach(&self.path).is_ok() {
+        }
+        sweep(sweepers, dev).await;
+        if matches!(reason, ExitReason::Shutdown | ExitReason::Unmounted) {
+            tokio::time::sleep(DRAIN).await;
+        }
+        if let ExitReason::Shutdown = reason {
+            child::terminate(child).await;
+            // An injection that was in progress at the first sweep has finished by now.
+            sweep(sweepers, dev).await;
+        }
+        tracing::debug!(elapsed = ?stopped.elapsed(), "stopped serving");
+    }
+
+    /// Removes the pid file, and the volume if no other pod uses it.
+    fn clean_up(&self) {
+        let _ = std::fs::remove_file(child::pid_file(&self.path));
+        if let Err(e) = volume::remove_if_unused(&self.path) {
+            tracing::warn!("failed to remove the volume of lxcfs: {e}");
+        }
+        tracing::info!(exit_reason = "shutdown", "lxcfs stopped");
+    }
+}
+
+/// Detaches every lxcfs that is on top at the serving path. Other mounts stay.
+fn unmount_all(path: &Path) {
+    while identify(path).is_some() && detach(path).is_ok() {}
+}
+
+fn detach(path: &Path) -> rustix::io::Result<()> {
+    rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
+}
+
+async fn sweep(sweepers: &Workers, dev: Dev) {
+    match node::sweep(sweepers, HashSet::from([dev])).await {
+        Ok(swept) if swept.files > 0 => {
+            tracing::info!(swept_files = swept.files, %swept, "removed views of an exited lxcfs");
+        }
+        Ok(_) => {}
+        Err(e) => tracing::error!("failed to sweep: {e}"),
+    }
+}
+
+/// The delay before a restart: none after the first failure.
+fn restart_delay(failures: u32) -> Duration {
+    failures.checked_sub(2).map_or(Duration::ZERO, |attempt| RESTART.delay(attempt))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn restart_delays_grow_from_the_second_failure() {
+        let delays: Vec<u128> = (0..12).map(|n| restart_delay(n).as_millis()).collect();
+        assert_eq!(delays, [0, 0, 100, 200, 400, 800, 1600, 3200, 5000, 5000, 5000, 5000]);
+    }
+}

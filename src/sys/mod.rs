@@ -1,0 +1,104 @@
+//! System interfaces: what no crate wraps safely (this file is the only one with `unsafe`),
+//! processes, mount tables and the check for system calls. Knows nothing of views, pods or lxcfs.
+#![allow(
+    unsafe_code,
+    reason = "mount_setattr(2) has no safe wrapper in nix or rustix, and epoll none in tokio"
+)]
+
+pub mod mountinfo;
+pub mod process;
+pub mod syscalls;
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+};
+
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// Registers a descriptor with the tokio runtime.
+///
+/// # Errors
+/// Those of epoll_ctl(2).
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub fn async_fd(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` stays open and refers to the same open file until it is dropped, which
+    // the `AsyncFd` does.
+    unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
+}
+
+/// `struct mount_attr` of mount_setattr(2).
+#[repr(C)]
+#[derive(Default)]
+struct MountAttr {
+    attr_set: u64,
+    attr_clr: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+const MOUNT_ATTR_RDONLY: u64 = 0x01;
+const MOUNT_ATTR_NOSUID: u64 = 0x02;
+const MOUNT_ATTR_NODEV: u64 = 0x04;
+const MOUNT_ATTR_NOEXEC: u64 = 0x08;
+const MOUNT_ATTR_NOATIME: u64 = 0x10;
+/// The bits of the access time mode; all are cleared before one is set.
+const MOUNT_ATTR_ATIME: u64 = 0x70;
+
+/// Who a view file counts as provided by, as its mount options show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ownership {
+    /// By kube-lxcfs: marked with `noatime`.
+    Managed,
+    /// By the pod: `relatime`, as mounts made by an admission webhook have it.
+    PodProvided,
+}
+
+/// Makes a detached mount read-only, nosuid, nodev, noexec and private (mount_setattr(2), kernel
+/// 5.12).
+///
+/// # Errors
+/// Those of the call.
+pub fn set_view_attrs(mount: impl AsFd, ownership: Ownership) -> io::Result<()> {
+    let mark = match ownership {
+        Ownership::Managed => MOUNT_ATTR_NOATIME,
+        Ownership::PodProvided => 0,
+    };
+    let attr = MountAttr {
+        attr_set: MOUNT_ATTR_RDONLY
+            | MOUNT_ATTR_NOSUID
+            | MOUNT_ATTR_NODEV
+            | MOUNT_ATTR_NOEXEC
+            | mark,
+        attr_clr: MOUNT_ATTR_ATIME,
+        propagation: libc::MS_PRIVATE,
+        userns_fd: 0,
+    };
+    mount_setattr(mount.as_fd().as_raw_fd(), &attr)
+}
+
+/// Makes the call on an invalid descriptor, to learn whether the kernel has it.
+///
+/// # Errors
+/// `EBADF` where the call exists, `ENOSYS` or `EPERM` where it is missing or forbidden.
+pub fn probe_mount_setattr() -> io::Result<()> {
+    mount_setattr(-1, &MountAttr { attr_set: MOUNT_ATTR_RDONLY, ..MountAttr::default() })
+}
+
+fn mount_setattr(fd: RawFd, attr: &MountAttr) -> io::Result<()> {
+    // SAFETY: the path is a NUL-terminated literal, `attr` points to a live `struct mount_attr` of
+    // the size given, and the call keeps neither; a bad descriptor is an error of the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            fd,
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            std::ptr::from_ref(attr),
+            size_of::<MountAttr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

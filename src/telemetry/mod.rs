@@ -1,0 +1,167 @@
+//! What the program reports about itself: the log, metrics, Events on pods.
+
+pub mod events;
+pub mod metrics;
+
+use std::{
+    fmt::Display,
+    hash::{BuildHasher, RandomState},
+    io::IsTerminal,
+    time::Duration,
+};
+
+use tracing_subscriber::EnvFilter;
+
+/// The format of the log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    Text,
+    Json,
+}
+
+/// The log filter where `RUST_LOG` sets none.
+const DEFAULT_LOG_FILTER: &str = "info,kube_runtime=error,kube_client=error";
+
+/// Starts the log on stderr. An invalid `RUST_LOG` is reported once, and the default filter is
+/// used.
+///
+/// # Panics
+/// When called twice.
+pub fn init(format: LogFormat) {
+    let (filter, invalid) = log_filter(std::env::var_os("RUST_LOG"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
+    if let Some(cause) = invalid {
+        tracing::warn!(cause, "ignoring an invalid RUST_LOG, using '{DEFAULT_LOG_FILTER}'");
+    }
+}
+
+/// The filter for a value of `RUST_LOG`, and why the value is invalid if it is.
+fn log_filter(value: Option<std::ffi::OsString>) -> (EnvFilter, Option<String>) {
+    let default = || EnvFilter::new(DEFAULT_LOG_FILTER);
+    let Some(value) = value.filter(|value| !value.is_empty()) else { return (default(), None) };
+    match value.to_str().map(EnvFilter::try_new) {
+        Some(Ok(filter)) => (filter, None),
+        Some(Err(e)) => (default(), Some(e.to_string())),
+        None => (default(), Some("not UTF-8".to_owned())),
+    }
+}
+
+/// Logs an outage once when it starts and once when it is over, not at every retry.
+#[derive(Debug)]
+pub struct OutageLog {
+    /// The component that fails, as in the field `subject` of the log.
+    subject: &'static str,
+    failing: bool,
+}
+
+impl OutageLog {
+    pub fn new(subject: &'static str) -> OutageLog {
+        OutageLog { subject, failing: false }
+    }
+
+    /// Logs a failure: a warning for the first of an outage, and debug messages for those that
+    /// follow.
+    pub fn failed(&mut self, message: &str, cause: &dyn Display) {
+        let OutageLog { subject, failing } = self;
+        if std::mem::replace(failing, true) {
+            tracing::debug!(subject, %cause, "{message}");
+        } else {
+            tracing::warn!(subject, outage = "started", %cause, "{message}; retrying");
+        }
+    }
+
+    /// Logs the recovery from an outage that was logged.
+    pub fn recovered(&mut self, message: &str) {
+        if std::mem::take(&mut self.failing) {
+            tracing::info!(subject = self.subject, outage = "recovered", "{message}");
+        }
+    }
+}
+
+/// Delays between retries: the first, doubled each time up to the longest.
+#[derive(Clone, Copy, Debug)]
+pub struct Backoff {
+    pub first: Duration,
+    pub longest: Duration,
+}
+
+impl Backoff {
+    pub const fn new(first: Duration, longest: Duration) -> Backoff {
+        Backoff { first, longest }
+    }
+
+    /// The delay before the retry after `attempt` earlier ones.
+    pub fn delay(self, attempt: u32) -> Duration {
+        self.first.saturating_mul(1 << attempt.min(16)).min(self.longest)
+    }
+
+    /// Starts a sequence of delays.
+    pub fn start(self) -> Delays {
+        Delays { backoff: self, attempt: 0 }
+    }
+}
+
+/// A sequence of delays of a [`Backoff`], each shortened by up to a quarter at random, so that many
+/// nodes do not retry in step.
+#[derive(Debug)]
+pub struct Delays {
+    backoff: Backoff,
+    attempt: u32,
+}
+
+impl Delays {
+    /// The next delay.
+    pub fn next_delay(&mut self) -> Duration {
+        let delay = self.backoff.delay(self.attempt);
+        self.attempt += 1;
+        // A hasher's random keys are all the randomness that is needed here.
+        let jitter =
+            u32::try_from(RandomState::new().hash_one(self.attempt) % 256).unwrap_or_default();
+        delay.saturating_sub(delay / 1024 * jitter)
+    }
+
+    /// Starts again with the first delay.
+    pub fn reset(&mut self) {
+        self.attempt = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backoff_doubles_up_to_the_longest() {
+        let backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+        let delays: Vec<u128> = (0..8).map(|n| backoff.delay(n).as_millis()).collect();
+        assert_eq!(delays, [100, 200, 400, 800, 1600, 3200, 5000, 5000]);
+        assert_eq!(backoff.delay(u32::MAX), backoff.longest);
+    }
+
+    #[test]
+    fn jitter_takes_off_at_most_a_quarter() {
+        let mut delays = Backoff::new(Duration::from_secs(1), Duration::from_secs(4)).start();
+        for nominal in [1, 2, 4, 4, 4].map(Duration::from_secs) {
+            let delay = delays.next_delay();
+            assert!(delay <= nominal && delay >= nominal * 3 / 4, "{delay:?} of {nominal:?}");
+        }
+        delays.reset();
+        assert!(delays.next_delay() <= Duration::from_secs(1));
+    }
+
+    #[test]
+    fn invalid_log_filter_falls_back_with_a_reason() {
+        for (value, valid) in [
+            (None, true),
+            (Some(""), true),
+            (Some("kube_lxcfs=debug"), true),
+            (Some("a=b=c"), false),
+        ] {
+            assert_eq!(log_filter(value.map(Into::into)).1.is_none(), valid, "{value:?}");
+        }
+    }
+}
