@@ -49,7 +49,7 @@ annotations:
 
 {{- /* Where lxcfs is mounted, as the agent sees it. */ -}}
 {{- define "kube-lxcfs.lxcfsPath" -}}
-{{- if .Values.lxcfs.enabled -}}{{ .Values.hostPath }}/lxcfs{{- else -}}{{ .Values.lxcfs.hostOwnPath }}{{- end -}}
+{{- if .Values.lxcfs.enabled -}}{{ .Values.hostPath }}/lxcfs{{- else -}}{{ .Values.lxcfs.hostManagedPath }}{{- end -}}
 {{- end }}
 
 {{- /* The pod's part that both DaemonSets share: (list . "agent") */ -}}
