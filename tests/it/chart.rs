@@ -1,11 +1,11 @@
-//! The chart: helm's own lint, every value switched and the result validated by a real API server,
-//! bad values refused, the values documented, and the rendered manifests up to date.
+//! The chart: helm lint, every value changed and the result validated by a real API server, invalid
+//! values rejected, all values documented, and the rendered manifests up to date.
 
 use std::{fs, path::PathBuf, process::Output};
 
 use crate::{cluster::Cluster, harness::*};
 
-fn here(path: &str) -> PathBuf {
+fn repository(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
@@ -13,7 +13,7 @@ fn helm(args: &[&str]) -> Output {
     let path = std::env::var("PATH").unwrap_or_default();
     let found = path.split(':').map(|dir| PathBuf::from(dir).join("helm")).find(|p| p.exists());
     let helm = found.unwrap_or_else(|| cache("helm/helm"));
-    std::process::Command::new(helm).args(args).current_dir(here("")).output().unwrap()
+    std::process::Command::new(helm).args(args).current_dir(repository("")).output().unwrap()
 }
 
 fn template(more: &[&str]) -> Output {
@@ -34,9 +34,10 @@ fn template(more: &[&str]) -> Output {
     )
 }
 
-/// Each value, switched to something else than its default.
-const SWITCHED: [&str; 28] = [
-    "image.repository=r.example/k,image.tag=v9,image.pullPolicy=Always,imagePullSecrets[0].name=regcred",
+/// Every value, changed from its default.
+const CHANGED: [&str; 28] = [
+    "image.repository=r.example/k,image.tag=v9,image.pullPolicy=Always,\
+     imagePullSecrets[0].name=regcred",
     "nameOverride=other",
     "fullnameOverride=whole",
     "commonLabels.team=a,commonAnnotations.owner=b",
@@ -46,38 +47,56 @@ const SWITCHED: [&str; 28] = [
     "nri.mode=required,nri.socketPath=/run/nri/n.sock",
     "log.format=json,log.level=debug",
     "agent.workers=3,agent.port=9000,agent.hostNetwork=true,agent.listenAddress=127.0.0.1",
-    "agent.resources.requests.cpu=5m,agent.resources.limits.cpu=1,agent.nodeSelector.a=b,agent.tolerations=null,agent.priorityClassName=",
-    "agent.updateStrategy.type=OnDelete,agent.updateStrategy.rollingUpdate=null,agent.terminationGracePeriodSeconds=5",
-    "agent.podLabels.a=b,agent.podAnnotations.c=d,agent.extraArgs[0]=--adopt,agent.extraEnv[0].name=A,agent.extraEnv[0].value=b",
-    "agent.extraVolumes[0].name=v,agent.extraVolumes[0].emptyDir.medium=Memory,agent.extraVolumeMounts[0].name=v,agent.extraVolumeMounts[0].mountPath=/v",
+    "agent.resources.requests.cpu=5m,agent.resources.limits.cpu=1,agent.nodeSelector.a=b,\
+     agent.tolerations=null,agent.priorityClassName=",
+    "agent.updateStrategy.type=OnDelete,agent.updateStrategy.rollingUpdate=null,\
+     agent.terminationGracePeriodSeconds=5",
+    "agent.podLabels.a=b,agent.podAnnotations.c=d,agent.extraArgs[0]=--adopt,\
+     agent.extraEnv[0].name=A,agent.extraEnv[0].value=b",
+    "agent.extraVolumes[0].name=v,agent.extraVolumes[0].emptyDir.medium=Memory,\
+     agent.extraVolumeMounts[0].name=v,agent.extraVolumeMounts[0].mountPath=/v",
     "agent.seccompProfile.type=Unconfined,agent.seLinuxOptions.type=spc_t",
     "lxcfs.enabled=false,lxcfs.hostManagedPath=/srv/lxcfs",
-    "lxcfs.image.tag=v1,lxcfs.watchdog=800ms,lxcfs.args[0]=-o,lxcfs.updateStrategy.type=OnDelete,lxcfs.updateStrategy.rollingUpdate=null",
-    "lxcfs.resources.requests.cpu=5m,lxcfs.resources.limits.cpu=1,lxcfs.nodeSelector.a=b,lxcfs.tolerations=null,lxcfs.priorityClassName=",
-    "lxcfs.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms[0].matchExpressions[0].key=a,lxcfs.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms[0].matchExpressions[0].operator=Exists",
-    "agent.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms[0].matchExpressions[0].key=a,agent.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms[0].matchExpressions[0].operator=Exists",
+    "lxcfs.image.tag=v1,lxcfs.watchdog=800ms,lxcfs.args[0]=-o,lxcfs.updateStrategy.type=OnDelete,\
+     lxcfs.updateStrategy.rollingUpdate=null",
+    "lxcfs.resources.requests.cpu=5m,lxcfs.resources.limits.cpu=1,lxcfs.nodeSelector.a=b,\
+     lxcfs.tolerations=null,lxcfs.priorityClassName=",
+    "lxcfs.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution\
+     .nodeSelectorTerms[0].matchExpressions[0].key=a,\
+     lxcfs.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution\
+     .nodeSelectorTerms[0].matchExpressions[0].operator=Exists",
+    "agent.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution\
+     .nodeSelectorTerms[0].matchExpressions[0].key=a,\
+     agent.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution\
+     .nodeSelectorTerms[0].matchExpressions[0].operator=Exists",
     "lxcfs.updateStrategy.rollingUpdate.maxUnavailable=1,lxcfs.terminationGracePeriodSeconds=60",
-    "lxcfs.podLabels.a=b,lxcfs.podAnnotations.c=d,lxcfs.extraArgs[0]=--watchdog=9s,lxcfs.extraEnv[0].name=A,lxcfs.extraEnv[0].value=b",
-    "lxcfs.extraVolumes[0].name=v,lxcfs.extraVolumes[0].emptyDir.medium=Memory,lxcfs.extraVolumeMounts[0].name=v,lxcfs.extraVolumeMounts[0].mountPath=/v",
-    "podMonitor.enabled=true,podMonitor.interval=1m,podMonitor.labels.a=b,serviceMonitor.enabled=true,serviceMonitor.interval=1m,serviceMonitor.labels.a=b",
-    "prometheusRule.enabled=true,prometheusRule.labels.a=b,dashboard.enabled=true,dashboard.labels.a=b,test.image=b:2,test.pullPolicy=Never",
+    "lxcfs.podLabels.a=b,lxcfs.podAnnotations.c=d,lxcfs.extraArgs[0]=--watchdog=9s,\
+     lxcfs.extraEnv[0].name=A,lxcfs.extraEnv[0].value=b",
+    "lxcfs.extraVolumes[0].name=v,lxcfs.extraVolumes[0].emptyDir.medium=Memory,\
+     lxcfs.extraVolumeMounts[0].name=v,lxcfs.extraVolumeMounts[0].mountPath=/v",
+    "podMonitor.enabled=true,podMonitor.interval=1m,podMonitor.labels.a=b,\
+     serviceMonitor.enabled=true,serviceMonitor.interval=1m,serviceMonitor.labels.a=b",
+    "prometheusRule.enabled=true,prometheusRule.labels.a=b,dashboard.enabled=true,\
+     dashboard.labels.a=b,test.image=b:2,test.pullPolicy=Never",
     "rbac.create=false,serviceAccount.create=false,serviceAccount.name=mine",
-    "serviceAccount.annotations.a=b,networkPolicy.enabled=true,networkPolicy.from[0].podSelector.matchLabels.a=b",
-    "podMonitor.enabled=true,serviceMonitor.enabled=true,prometheusRule.enabled=true,dashboard.enabled=true,networkPolicy.enabled=true",
+    "serviceAccount.annotations.a=b,networkPolicy.enabled=true,\
+     networkPolicy.from[0].podSelector.matchLabels.a=b",
+    "podMonitor.enabled=true,serviceMonitor.enabled=true,prometheusRule.enabled=true,\
+     dashboard.enabled=true,networkPolicy.enabled=true",
 ];
 
 #[test]
-fn every_value_switched_renders_what_an_api_server_accepts() {
-    let linted = helm(&["lint", "--strict", "charts/kube-lxcfs"]);
-    assert!(linted.status.success(), "{}", stdout(&linted));
+fn every_value_renders_valid_objects() {
+    let lint = helm(&["lint", "--strict", "charts/kube-lxcfs"]);
+    assert!(lint.status.success(), "{}", stdout(&lint));
     let (cluster, dir) = (Cluster::start(), tempfile::tempdir().unwrap());
     let plain = stdout(&template(&[]));
-    for switched in SWITCHED {
-        let rendered = template(&["--set", switched]);
-        assert!(rendered.status.success(), "{switched}: {}", stderr(&rendered));
+    for changed in CHANGED {
+        let rendered = template(&["--set", changed]);
+        assert!(rendered.status.success(), "{changed}: {}", stderr(&rendered));
         let rendered = stdout(&rendered);
-        assert_ne!(rendered, plain, "{switched} changes nothing");
-        // The Prometheus operator's own kinds are not known here.
+        assert_ne!(rendered, plain, "{changed} has no effect");
+        // This API server does not know the kinds of the Prometheus operator.
         let known: Vec<&str> = rendered
             .split("\n---\n")
             .filter(|one| !one.contains("apiVersion: monitoring.coreos.com"))
@@ -92,7 +111,7 @@ fn every_value_switched_renders_what_an_api_server_accepts() {
             file.to_str().unwrap(),
         ]);
     }
-    for example in fs::read_dir(here("manifests/examples")).unwrap() {
+    for example in fs::read_dir(repository("manifests/examples")).unwrap() {
         cluster.kubectl(&[
             "apply",
             "--dry-run=server",
@@ -104,29 +123,33 @@ fn every_value_switched_renders_what_an_api_server_accepts() {
 }
 
 #[test]
-fn unknown_and_malformed_values_are_refused_by_name() {
-    for (bad, told) in [
+fn schema_rejects_unknown_and_malformed_values() {
+    for (invalid, message) in [
         ("image.pulPolicy=x", "'pulPolicy' not allowed"),
         ("nri.mode=maybe", "'/nri/mode': value must be one of 'auto', 'off', 'required'"),
         ("hostPath=var/lib", "'/hostPath'"),
         ("agent.port=99999", "'/agent/port'"),
         ("lxcfs.watchdog=soon", "'/lxcfs/watchdog'"),
         ("nonsense=1", "'nonsense' not allowed"),
+        ("lxcfs.hostManagedPath=/srv/", "'/lxcfs/hostManagedPath'"),
+        ("runtime.criSocketPath=run/cri.sock", "'/runtime/criSocketPath'"),
+        ("nri.socketPath=/run/nri/", "'/nri/socketPath'"),
+        ("nri.socketPath=/n.sock", "'/nri/socketPath'"),
         ("agent.tolerations[0].operator=Some", "operator"),
     ] {
-        let refused = template(&["--set", bad]);
+        let rejected = template(&["--set", invalid]);
         assert!(
-            !refused.status.success() && stderr(&refused).contains(told),
-            "{bad}: {}",
-            stderr(&refused)
+            !rejected.status.success() && stderr(&rejected).contains(message),
+            "{invalid}: {}",
+            stderr(&rejected)
         );
     }
 }
 
 #[test]
-fn every_value_is_switched_by_a_test_and_in_the_charts_readme() {
-    let readme = fs::read_to_string(here("charts/kube-lxcfs/README.md")).unwrap();
-    let values = fs::read_to_string(here("charts/kube-lxcfs/values.yaml")).unwrap();
+fn every_value_is_tested_and_documented() {
+    let readme = fs::read_to_string(repository("charts/kube-lxcfs/README.md")).unwrap();
+    let values = fs::read_to_string(repository("charts/kube-lxcfs/values.yaml")).unwrap();
     let mut path: Vec<&str> = Vec::new();
     let mut count = 0;
     for line in values.lines() {
@@ -139,27 +162,24 @@ fn every_value_is_switched_by_a_test_and_in_the_charts_readme() {
         path.push(key.trim());
         if !value.trim().is_empty() {
             count += 1;
-            let switched = path.join(".");
-            let switches = |set: &str| {
-                set.split(',').any(|one| {
-                    one.strip_prefix(&*switched)
-                        .is_some_and(|rest| rest.starts_with(['=', '.', '[']))
+            let name = path.join(".");
+            let sets = |values: &str| {
+                values.split(',').any(|one| {
+                    one.strip_prefix(&*name).is_some_and(|rest| rest.starts_with(['=', '.', '[']))
                 })
             };
-            assert!(SWITCHED.into_iter().any(switches), "{switched} is switched by no test");
-            assert!(
-                readme.contains(&format!("| `{}` |", path.join("."))),
-                "{} is not explained",
-                path.join(".")
-            );
+            assert!(CHANGED.into_iter().any(sets), "no test sets {name}");
+            assert!(readme.contains(&format!("| `{name}` |")), "README.md lacks {name}");
         }
     }
     assert!(count > 60, "{count}");
 }
 
 #[test]
-fn the_rendered_manifests_are_up_to_date() {
-    let checked =
-        std::process::Command::new(here("hack/manifests.sh")).arg("--check").output().unwrap();
-    assert!(checked.status.success(), "{}", stderr(&checked));
+fn manifests_are_rendered_from_the_chart() {
+    let check = std::process::Command::new(repository("hack/manifests.sh"))
+        .arg("--check")
+        .output()
+        .unwrap();
+    assert!(check.status.success(), "{}", stderr(&check));
 }

@@ -13,17 +13,28 @@
 {{- end }}
 
 {{- define "kube-lxcfs.serviceAccount" -}}
-{{- default (ternary (include "kube-lxcfs.fullname" .) "default" .Values.serviceAccount.create) .Values.serviceAccount.name -}}
+{{- if .Values.serviceAccount.name -}}
+{{- .Values.serviceAccount.name -}}
+{{- else -}}
+{{- ternary (include "kube-lxcfs.fullname" .) "default" .Values.serviceAccount.create -}}
+{{- end -}}
 {{- end }}
 
-{{- /* What a DaemonSet selects by: (list . "agent") */ -}}
+{{- /* Image of a DaemonSet: (list . TAG). Default of the tag: image.tag, then appVersion. */ -}}
+{{- define "kube-lxcfs.image" -}}
+{{- $ := first . -}}
+{{- $tag := last . | default $.Values.image.tag | default $.Chart.AppVersion -}}
+{{- $.Values.image.repository }}:{{ $tag -}}
+{{- end }}
+
+{{- /* Selector labels of a component: (list . "agent") */ -}}
 {{- define "kube-lxcfs.selector" -}}
 app.kubernetes.io/name: {{ include "kube-lxcfs.name" (first .) }}
 app.kubernetes.io/instance: {{ (first .).Release.Name }}
 app.kubernetes.io/component: {{ last . }}
 {{- end }}
 
-{{- /* The metadata of every object: (list . "agent" "-suffix") */ -}}
+{{- /* Metadata of an object: (list . COMPONENT NAME-SUFFIX SCOPE), SCOPE "cluster" or "" */ -}}
 {{- define "kube-lxcfs.metadata" -}}
 {{- $ := first . -}}
 name: {{ include "kube-lxcfs.fullname" $ }}{{ index . 2 }}
@@ -40,19 +51,34 @@ labels:
   {{- end }}
 {{- end }}
 
+{{- /* Annotations of an object: a line of its metadata, or nothing */ -}}
 {{- define "kube-lxcfs.annotations" -}}
 {{- with .Values.commonAnnotations }}
-annotations:
-  {{- toYaml . | nindent 2 }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
 {{- end }}
 {{- end }}
 
-{{- /* Where lxcfs is mounted, as the agent sees it. */ -}}
+{{- /* Directory on the node that contains the mount of lxcfs, or is its mount point */ -}}
+{{- define "kube-lxcfs.lxcfsVolume" -}}
+{{- ternary .Values.hostPath .Values.lxcfs.hostManagedPath .Values.lxcfs.enabled -}}
+{{- end }}
+
+{{- /* Mount point of lxcfs */ -}}
 {{- define "kube-lxcfs.lxcfsPath" -}}
-{{- if .Values.lxcfs.enabled -}}{{ .Values.hostPath }}/lxcfs{{- else -}}{{ .Values.lxcfs.hostManagedPath }}{{- end -}}
+{{- include "kube-lxcfs.lxcfsVolume" . }}{{ if .Values.lxcfs.enabled }}/lxcfs{{ end -}}
 {{- end }}
 
-{{- /* The pod's part that both DaemonSets share: (list . "agent") */ -}}
+{{- /* Port and host of the agent's probes; the default host is the pod's address */ -}}
+{{- define "kube-lxcfs.probeTarget" -}}
+port: http
+{{- if .Values.agent.hostNetwork }}
+{{- $address := .Values.agent.listenAddress }}
+host: {{ ternary "127.0.0.1" $address (eq $address "0.0.0.0") }}
+{{- end }}
+{{- end }}
+
+{{- /* Fields of the pod spec that both DaemonSets share: (list . "agent") */ -}}
 {{- define "kube-lxcfs.placement" -}}
 {{- $ := first . -}}
 {{- $values := index $.Values (last .) -}}
@@ -78,7 +104,7 @@ tolerations:
 terminationGracePeriodSeconds: {{ $values.terminationGracePeriodSeconds }}
 {{- end }}
 
-{{- /* A DaemonSet's pod metadata: (list . "agent") */ -}}
+{{- /* Metadata of the pods of a DaemonSet: (list . "agent") */ -}}
 {{- define "kube-lxcfs.podMetadata" -}}
 {{- $ := first . -}}
 {{- $values := index $.Values (last .) -}}
