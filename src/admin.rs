@@ -1,5 +1,5 @@
 //! The agent's HTTP endpoints: `/healthz`, `/readyz`, `/metrics`, `/status`. Every response needs
-//! the agent's loop, so that a loop that is stuck is noticed.
+//! the agent's loop, so that each endpoint reports a loop that is stuck.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -29,13 +29,13 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The loop responds within this time, or it is stuck.
+/// A loop that does not respond within this time is stuck.
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// The media type of OpenMetrics.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const STUCK: &str = "the agent's loop is stuck";
 
-/// What the handlers use.
+/// The dependencies of the handlers.
 #[derive(Debug)]
 pub struct AppState {
     /// Requests to the agent's loop.
@@ -43,7 +43,7 @@ pub struct AppState {
     pub metrics: Arc<Metrics>,
     pub workers: Workers,
     pub finder: Finder,
-    /// Unless pids come from `/proc` only.
+    /// `None` if pids come from `/proc` only.
     pub cri: Option<CriClient>,
 }
 

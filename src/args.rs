@@ -39,11 +39,23 @@ pub struct Common {
     #[arg(long, global = true, env = "KUBE_LXCFS_CRI_ENDPOINT", value_name = "unix://PATH")]
     pub cri_endpoint: Option<CriEndpoint>,
     /// Source of container pids.
-    #[arg(long, global = true, env = "KUBE_LXCFS_PID_FROM", value_enum, default_value_t = PidSource::Auto)]
+    #[arg(
+        long,
+        global = true,
+        env = "KUBE_LXCFS_PID_FROM",
+        value_enum,
+        default_value_t = PidSource::Auto
+    )]
     pub pid_from: PidSource,
     /// Format of the log on stderr. RUST_LOG sets the filter, for example
     /// RUST_LOG=kube_lxcfs=debug.
-    #[arg(long, global = true, env = "KUBE_LXCFS_LOG_FORMAT", value_enum, default_value_t = LogFormat::Text)]
+    #[arg(
+        long,
+        global = true,
+        env = "KUBE_LXCFS_LOG_FORMAT",
+        value_enum,
+        default_value_t = LogFormat::Text
+    )]
     pub log_format: LogFormat,
 }
 
@@ -63,10 +75,10 @@ pub enum PodSource {
     Cri,
 }
 
-/// Whether CRI events are used (`--cri-events`).
+/// The use of CRI events (`--cri-events`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum CriEvents {
-    /// Where the runtime has them and is the source of pids or pods.
+    /// Use them if the runtime has them and is the source of pids or pods.
     Auto,
     Off,
 }
@@ -78,7 +90,7 @@ pub enum Command {
     /// Run lxcfs as a child process. Restart it when it exits or hangs, and remove the views of the
     /// exited one from all containers.
     Lxcfs(LxcfsArgs),
-    /// Inject the view into a container, or some of its files. Files that are already injected
+    /// Inject the view, or some of its files, into a container. Files that are already injected
     /// stay.
     Mount {
         #[command(flatten)]
@@ -116,7 +128,12 @@ pub enum Command {
     /// Check prerequisites and suggest fixes. The exit status is 1 if a check fails.
     Check {
         /// NRI socket of the runtime.
-        #[arg(long, env = "KUBE_LXCFS_NRI_SOCKET", value_name = "PATH", default_value = nri::DEFAULT_SOCKET)]
+        #[arg(
+            long,
+            env = "KUBE_LXCFS_NRI_SOCKET",
+            value_name = "PATH",
+            default_value = nri::DEFAULT_SOCKET
+        )]
         nri_socket: PathBuf,
         #[command(flatten)]
         output: OutputArg,
@@ -126,7 +143,13 @@ pub enum Command {
 #[derive(Clone, Copy, Debug, Args)]
 pub struct OutputArg {
     /// Format of the output.
-    #[arg(short, long = "output", env = "KUBE_LXCFS_OUTPUT", value_enum, default_value_t = Output::Text)]
+    #[arg(
+        short,
+        long = "output",
+        env = "KUBE_LXCFS_OUTPUT",
+        value_enum,
+        default_value_t = Output::Text
+    )]
     pub output: Output,
 }
 
@@ -142,7 +165,12 @@ pub struct AgentArgs {
     #[arg(long, env = "KUBE_LXCFS_NRI", value_enum, default_value_t = NriMode::Auto)]
     pub nri: NriMode,
     /// NRI socket of the runtime.
-    #[arg(long, env = "KUBE_LXCFS_NRI_SOCKET", value_name = "PATH", default_value = nri::DEFAULT_SOCKET)]
+    #[arg(
+        long,
+        env = "KUBE_LXCFS_NRI_SOCKET",
+        value_name = "PATH",
+        default_value = nri::DEFAULT_SOCKET
+    )]
     pub nri_socket: PathBuf,
     /// Use the runtime's container events. Set to off for containerd 1.7 with a kubelet that uses
     /// evented PLEG: that runtime sends each event to one listener only.
@@ -154,23 +182,34 @@ pub struct AgentArgs {
     /// Inject by default unless an annotation or label opts out.
     #[arg(long, env = "KUBE_LXCFS_INJECT_BY_DEFAULT")]
     pub inject_by_default: bool,
-    /// Keep pod-provided lxcfs files current too, for example from an admission webhook's volumes.
+    /// Also keep pod-provided lxcfs files current, for example from an admission webhook's volumes.
     #[arg(long, env = "KUBE_LXCFS_ADOPT")]
     pub adopt: bool,
     /// Number of threads that mount [default: one per CPU, at most 4].
-    #[arg(long, env = "KUBE_LXCFS_WORKERS", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    #[arg(
+        long,
+        env = "KUBE_LXCFS_WORKERS",
+        value_name = "N",
+        value_parser = clap::value_parser!(u16).range(1..=64)
+    )]
     pub workers: Option<u16>,
 }
 
 #[derive(Debug, Args)]
 pub struct LxcfsArgs {
-    /// Program of lxcfs.
+    /// Program to run as lxcfs.
     #[arg(long, env = "KUBE_LXCFS_LXCFS_BIN", value_name = "FILE", default_value = "lxcfs")]
     pub lxcfs_bin: PathBuf,
     /// Time after which an unresponsive lxcfs is killed and restarted, from 100ms to 3600s.
-    #[arg(long, env = "KUBE_LXCFS_WATCHDOG", value_name = "TIME", default_value = "5s", value_parser = parse_duration)]
+    #[arg(
+        long,
+        env = "KUBE_LXCFS_WATCHDOG",
+        value_name = "TIME",
+        default_value = "5s",
+        value_parser = parse_duration
+    )]
     pub watchdog: Duration,
-    /// More arguments for lxcfs.
+    /// Additional arguments for lxcfs.
     #[arg(last = true, value_name = "ARGUMENT")]
     pub args: Vec<OsString>,
 }
@@ -180,7 +219,7 @@ pub struct HookArgs {
     /// Inject by default unless the container's annotations opt out.
     #[arg(long, env = "KUBE_LXCFS_INJECT_BY_DEFAULT")]
     pub inject_by_default: bool,
-    /// File to append the log to. Runtimes discard what a successful hook writes to stderr.
+    /// File to append the log to. Runtimes discard the stderr of a successful hook.
     #[arg(long, env = "KUBE_LXCFS_LOG_FILE", value_name = "FILE")]
     pub log_file: Option<PathBuf>,
     /// Inject in this process, which hangs when lxcfs does.

@@ -3,17 +3,18 @@
 //! the pod spec is not modified.
 //!
 //! # Layers
-//! Each module uses modules of lower layers only; `make lint` checks it.
+//! A module uses modules of the layers below its own, and within its layer only those after an
+//! arrow. `hack/check-layers.sh` checks the imports against this table.
 //!
 //! | layer | modules |
 //! | --- | --- |
-//! | command line | [`args`], [`commands`] |
-//! | long-running parts | [`agent`] (reconciles pods), [`admin`] (HTTP), [`supervisor`] (runs lxcfs) |
-//! | the node and its sources | [`node`] (every mount namespace), [`sources`] (API server, CRI, NRI) |
+//! | command line | [`commands`] → [`args`] |
+//! | long-running parts | [`agent`] (the loop), [`admin`] (HTTP), [`supervisor`] (runs lxcfs) |
+//! | node and sources | [`node`] (all mount namespaces), [`sources`] (API server, CRI, NRI) |
 //! | facts | [`lxcfs`] (the serving one), [`runtime`] (container id to process) |
 //! | effects | [`mount`] (the only module that mounts) |
-//! | pure decisions | [`policy`] (annotations to desired view), [`plan`] (difference to steps), [`oci_hook`] (OCI state to request) |
-//! | vocabulary | [`model`], [`telemetry`], [`sys`] |
+//! | pure decisions | [`oci_hook`] → [`policy`] (desired view) → [`plan`] (steps) |
+//! | vocabulary | [`telemetry`] → [`model`], [`sys`] |
 //!
 //! ARCHITECTURE.md shows one annotation change from the API server to `move_mount(2)`.
 

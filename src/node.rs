@@ -1,5 +1,5 @@
-//! Operations over every mount namespace of the node: views, sweeps, remounts. Needs no runtime and
-//! no API server.
+//! Operations over every mount namespace of the node: views, sweeps, remounts. They need no runtime
+//! and no API server.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -20,13 +20,13 @@ use crate::{
     sys::{mountinfo::Dev, process::Process},
 };
 
-/// How many namespaces are worked on concurrently.
+/// The limit of namespaces that are worked on concurrently.
 const CONCURRENCY: usize = 128;
 
 /// One process of every mount namespace of this node except our own.
 ///
 /// # Errors
-/// When `/proc` cannot be listed.
+/// Fails if `/proc` cannot be listed.
 pub fn namespaces() -> io::Result<Vec<Arc<Process>>> {
     let id = |path: String| std::fs::metadata(path).map(|m| (m.dev(), m.ino()));
     let mut seen = HashSet::from([id("/proc/self/ns/mnt".into())?]);
@@ -59,7 +59,7 @@ pub struct ViewedNamespace {
 /// log says why.
 ///
 /// # Errors
-/// When `/proc` cannot be listed.
+/// Fails if `/proc` cannot be listed.
 pub async fn views(workers: &Workers) -> io::Result<Vec<ViewedNamespace>> {
     let processes = namespaces()?;
     let observations = stream::iter(processes).map(|process| async move {
@@ -70,7 +70,7 @@ pub async fn views(workers: &Workers) -> io::Result<Vec<ViewedNamespace>> {
             Ok(_) => None,
             Err(e) if e.is_no_target() => None,
             Err(e) => {
-                tracing::warn!("skipped a namespace: {e}");
+                tracing::warn!(cause = %e, "namespace skipped");
                 None
             }
         }
@@ -99,7 +99,7 @@ impl fmt::Display for PassSummary {
     }
 }
 
-/// Does a task in the mount namespaces of these processes, many concurrently.
+/// Performs a task in the mount namespaces of these processes, many concurrently.
 async fn pass(workers: &Workers, processes: Vec<Arc<Process>>, task: &Task) -> PassSummary {
     let reconciles = stream::iter(processes).map(|process| async move {
         let reconciled = mount::reconcile(workers, process, task.clone()).await;
@@ -113,7 +113,7 @@ async fn pass(workers: &Workers, processes: Vec<Arc<Process>>, task: &Task) -> P
             Err(e) if e.is_no_target() => 0,
             Err(e) => {
                 summary.failed += 1;
-                tracing::warn!("{e}");
+                tracing::warn!(cause = %e, "failed to change a container");
                 e.into_outcome().done.len()
             }
         };
@@ -127,7 +127,7 @@ async fn pass(workers: &Workers, processes: Vec<Arc<Process>>, task: &Task) -> P
 /// request.
 ///
 /// # Errors
-/// When `/proc` cannot be listed.
+/// Fails if `/proc` cannot be listed.
 #[allow(clippy::implicit_hasher, reason = "a handful of device numbers")]
 pub async fn sweep(workers: &Workers, exited: HashSet<Dev>) -> io::Result<PassSummary> {
     Ok(pass(workers, namespaces()?, &Task::Sweep(Arc::new(exited))).await)
@@ -138,7 +138,7 @@ pub async fn sweep(workers: &Workers, exited: HashSet<Dev>) -> io::Result<PassSu
 /// supervisor.
 ///
 /// # Errors
-/// When `/proc` cannot be listed.
+/// Fails if `/proc` cannot be listed.
 pub async fn sweep_dead(workers: &Workers, hung: Option<Dev>) -> io::Result<PassSummary> {
     let mut probed: HashMap<Dev, Liveness> =
         hung.into_iter().map(|dev| (dev, Liveness::Disconnected)).collect();
@@ -157,7 +157,7 @@ pub async fn sweep_dead(workers: &Workers, hung: Option<Dev>) -> io::Result<Pass
 /// Remounts every view of the node that comes from one of these lxcfs.
 ///
 /// # Errors
-/// When `/proc` cannot be listed.
+/// Fails if `/proc` cannot be listed.
 pub async fn remount(
     workers: &Workers,
     lxcfs: &Arc<LxcfsFiles>,
@@ -199,7 +199,7 @@ pub struct ViewStatus {
 /// names.
 ///
 /// # Errors
-/// When `/proc` cannot be listed.
+/// Fails if `/proc` cannot be listed.
 pub async fn status(
     workers: &Workers,
     serving: Option<Dev>,

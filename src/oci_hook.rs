@@ -30,7 +30,7 @@ const CONTAINER_TYPE: [&str; 2] =
 /// CRI-O passes the pod's annotations in this one, as JSON.
 const CRIO_ANNOTATIONS: &str = "io.kubernetes.cri-o.Annotations";
 
-/// Why the input requests nothing.
+/// The reason why the input cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("failed to parse the container's state on stdin: {0}")]
@@ -58,7 +58,7 @@ pub struct State {
 
 impl State {
     /// # Errors
-    /// When it is not JSON, or has no bundle or pid.
+    /// Fails if it is not JSON, or has no bundle or pid.
     pub fn parse(text: &[u8]) -> Result<State, Error> {
         let state: State = serde_json::from_slice(text).map_err(Error::State)?;
         if state.bundle.is_none() {
@@ -94,7 +94,7 @@ pub struct Root {
 
 impl Config {
     /// # Errors
-    /// When it does not have the form of a `config.json`.
+    /// Fails if it does not have the form of a `config.json`.
     pub fn parse(text: &[u8]) -> Result<Config, Error> {
         serde_json::from_slice(text).map_err(Error::Config)
     }
@@ -102,7 +102,7 @@ impl Config {
     /// The desired view of the container, which has none yet.
     ///
     /// # Errors
-    /// When its annotations are invalid.
+    /// Fails if its annotations are invalid.
     pub fn desired(&self, id: &str, inject_by_default: bool) -> Result<DesiredView, Error> {
         let first = |keys: [&str; 2]| {
             keys.into_iter().find_map(|key| self.annotations.get(key)).map(String::as_str)
@@ -146,7 +146,7 @@ pub struct HookRequest {
 /// desired.
 ///
 /// # Errors
-/// When the config or the annotations are invalid.
+/// Fails if the config or the annotations are invalid.
 pub fn parse_request(
     state: &State,
     config: &[u8],
@@ -178,7 +178,8 @@ mod tests {
 
     #[test]
     fn state_of_each_runtime_version_is_parsed() {
-        let new = br#"{"ociVersion":"1.0.2","id":"a","status":"creating","pid":7,"bundle":"/b","annotations":{}}"#;
+        let new = br#"{"ociVersion":"1.0.2","id":"a","status":"creating","pid":7,"bundle":"/b",
+            "annotations":{}}"#;
         assert_eq!(State::parse(new).unwrap().bundle(), Path::new("/b"));
         let old = br#"{"version":"0.6","id":"a","pid":7,"bundlePath":"/b"}"#;
         assert_eq!(State::parse(old).unwrap().bundle(), Path::new("/b"));

@@ -55,7 +55,7 @@ pub struct Layer {
     pub kind: LayerKind,
 }
 
-/// Why no view file can be mounted below `/proc` or `/sys` of a container.
+/// The reason why no view file can be mounted below `/proc` or `/sys` of a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UnusableBase {
     /// Nothing is mounted at its path.
@@ -130,7 +130,7 @@ impl Step {
     }
 }
 
-/// Why a desired file is skipped. It is reported and is not a failure.
+/// The reason why a desired file is skipped. It is reported and is not a failure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SkipReason {
     /// The serving lxcfs has no such file.
@@ -506,7 +506,11 @@ mod tests {
     proptest! {
         #[test]
         fn applied_plan_leaves_nothing_to_do(
-            desired in any_desired(), before in any_observed(), files in file_sets(), up in any::<bool>(), adopt in any::<bool>(),
+            desired in any_desired(),
+            before in any_observed(),
+            files in file_sets(),
+            up in any::<bool>(),
+            adopt in any::<bool>(),
         ) {
             let serving = up.then_some(ServingLxcfs { dev: NEW, files });
             let first = plan(desired, &before, serving, adopt);
@@ -517,15 +521,17 @@ mod tests {
             prop_assert_eq!(plan(desired, &after, serving, adopt).steps, vec![]);
             // Nothing but managed mounts was touched.
             let unmanaged = |t: &ObservedMounts| {
-                let layers = t.layers.values().flatten().filter(|l| !matches!(l.kind, LayerKind::Managed(_)));
-                layers.map(|l| l.id).collect::<Vec<_>>()
+                let layers = t.layers.values().flatten();
+                let others = layers.filter(|l| !matches!(l.kind, LayerKind::Managed(_)));
+                others.map(|l| l.id).collect::<Vec<_>>()
             };
             prop_assert_eq!(unmanaged(&before), unmanaged(&after));
             if desired == DesiredView::Absent {
                 prop_assert_eq!(after.views().count(), 0);
             }
-            if let (DesiredView::Exactly(files) | DesiredView::AtLeast(files), Some(serving)) = (desired, serving) {
-                for file in files.iter().filter(|f| serving.files.contains(*f)) {
+            if let DesiredView::Exactly(files) | DesiredView::AtLeast(files) = desired {
+                let served = |f: &ViewFile| serving.is_some_and(|s| s.files.contains(*f));
+                for file in files.iter().filter(served) {
                     let skipped = first.skipped.iter().any(|(f, _)| *f == file);
                     let current = after.views().any(|(f, dev)| f == file && dev == NEW);
                     prop_assert!(skipped || current, "{file} is neither mounted nor reported");

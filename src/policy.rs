@@ -1,5 +1,5 @@
 //! The policy: a pod's annotations, its namespace's label and the agent's default in, a desired
-//! view for each container out. Pure: values in, values out. Knows nothing of mounts or runtimes.
+//! view for each container out. Pure: values in, values out. Independent of mounts and runtimes.
 
 use std::collections::BTreeMap;
 
@@ -22,7 +22,8 @@ pub enum InvalidAnnotation {
     #[error("invalid annotation {FILES_KEY}: '{value}': {unknown}")]
     Files { value: String, unknown: UnknownViewFile },
     #[error(
-        "invalid annotation {CONTAINERS_KEY}: '{value}': the pod has no container '{unknown}'; valid names: {}",
+        "invalid annotation {CONTAINERS_KEY}: '{value}': the pod has no container '{unknown}'; \
+         valid names: {}",
         .valid.join(", ")
     )]
     Containers { value: String, unknown: String, valid: Vec<String> },
@@ -198,7 +199,9 @@ mod tests {
             for desired in pod.by_container.values() {
                 match desired {
                     DesiredView::Unmanaged => prop_assert!(!pod.invalid.is_empty()),
-                    DesiredView::Exactly(files) => prop_assert!(pod.invalid.is_empty() && !files.is_empty()),
+                    DesiredView::Exactly(files) => {
+                        prop_assert!(pod.invalid.is_empty() && !files.is_empty());
+                    }
                     _ => {}
                 }
             }

@@ -9,7 +9,8 @@ type Input = (Option<String>, Option<String>, Option<String>, Option<String>, bo
 fuzz_target!(|input: Input| {
     let (inject, files, containers, label, default, names) = input;
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let decision = decide(&Annotations { inject, files, containers }, label.as_deref(), default, &names);
+    let annotations = Annotations { inject, files, containers };
+    let decision = decide(&annotations, label.as_deref(), default, &names);
     for desired in decision.by_container.values() {
         assert!(*desired != DesiredView::Unmanaged || !decision.invalid.is_empty());
     }

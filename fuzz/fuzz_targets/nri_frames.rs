@@ -1,4 +1,5 @@
-//! The bytes of an NRI socket, in pieces: frames, and ttrpc messages within them. Nothing longer than a frame is ever kept.
+//! The bytes of an NRI socket, in pieces: frames, and ttrpc messages within them. The decoder never
+//! keeps more than a frame.
 #![no_main]
 
 use bytes::BytesMut;

@@ -40,19 +40,18 @@ use crate::{
     },
 };
 
-/// How many operations may run concurrently. The mounts themselves are done by the workers'
-/// threads.
+/// The limit of concurrent operations. The workers' threads do the mounts.
 const MAX_CONCURRENT: usize = 32;
-/// How often every container is reconciled again, for changes that no source reports: a container
-/// may unmount its own view.
+/// The interval at which every container is reconciled again, for changes that no source reports:
+/// a container may unmount its own view.
 const RESYNC: Duration = Duration::from_secs(300);
-/// The agent sweeps so long after the exit of a supervised lxcfs. Its supervisor has usually swept
-/// by then.
+/// The delay from the exit of a supervised lxcfs to the agent's sweep. Its supervisor has usually
+/// swept by then.
 const SUPERVISOR_SWEEP_GRACE: Duration = Duration::from_secs(1);
-/// How long running operations may take after SIGTERM.
+/// The time for operations in flight to finish after SIGTERM.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(1);
 
-/// What the agent works with.
+/// The dependencies of the agent.
 #[derive(Debug)]
 pub struct Dependencies {
     pub workers: Workers,
@@ -73,7 +72,7 @@ pub struct Inputs {
     pub snapshot_requests: mpsc::Receiver<SnapshotRequest>,
 }
 
-/// What spawned tasks send to the loop.
+/// The messages of spawned tasks to the loop.
 #[derive(Debug)]
 enum Message {
     /// The result of a search. `generation` is the one in which the search started.
@@ -82,7 +81,7 @@ enum Message {
         found: Result<Arc<LxcfsFiles>, lxcfs::Error>,
     },
     LxcfsChanged(Change),
-    /// The grace of a supervisor's sweep is over.
+    /// [`SUPERVISOR_SWEEP_GRACE`] has passed.
     SweepDue(Dev),
     SweepFinished,
     OperationFinished {
@@ -96,7 +95,7 @@ enum Message {
 /// Runs until SIGTERM or SIGINT. Views are left in place.
 ///
 /// # Errors
-/// When signals or the mount table cannot be watched, or the watch of lxcfs stops.
+/// Fails if signals or the mount table cannot be watched, or the watch of lxcfs stops.
 pub async fn run(dependencies: Dependencies, inputs: Inputs) -> std::io::Result<()> {
     let Inputs { mut updates, mut blocked_starts, mut snapshot_requests } = inputs;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -125,7 +124,8 @@ pub async fn run(dependencies: Dependencies, inputs: Inputs) -> std::io::Result<
             // These block a container's start.
             Some(BlockedStart { container, reply }) = blocked_starts.recv() => {
                 agent.blocked_starts.push((container.id.clone(), reply));
-                agent.state.update(Update::ContainerStarted(container, Trigger::Nri), Instant::now());
+                let update = Update::ContainerStarted(container, Trigger::Nri);
+                agent.state.update(update, Instant::now());
             }
             Some(request) = snapshot_requests.recv() => drop(request.send(agent.snapshot())),
             Some(update) = updates.recv() => agent.state.update(update, Instant::now()),
@@ -134,7 +134,8 @@ pub async fn run(dependencies: Dependencies, inputs: Inputs) -> std::io::Result<
             stopped = &mut watching => {
                 let why = stopped.err().map_or("it returned".to_owned(), |e| e.to_string());
                 return Err(std::io::Error::other(format!(
-                    "the watch of lxcfs stopped: {why}; this is a bug, report it with the agent's log"
+                    "the watch of lxcfs stopped: {why}; \
+                     this is a bug: open an issue with the agent's log"
                 )));
             }
             _ = resync.tick() => agent.state.resync(),
@@ -161,7 +162,7 @@ async fn forward_lxcfs_changes(mut watcher: Watcher, tx: mpsc::Sender<Message>) 
     }
 }
 
-/// What the loop keeps between two inputs.
+/// The state of the loop between two inputs.
 struct Agent {
     reconciler: Reconciler,
     events: Events,
@@ -175,7 +176,7 @@ struct Agent {
     blocked_starts: Vec<(ContainerId, oneshot::Sender<()>)>,
     /// Whether lxcfs serves, as far as is known.
     lxcfs_up: bool,
-    /// When another lxcfs came to serve, until every view is current.
+    /// The time at which another lxcfs started to serve; `None` once every view is current.
     remount_started: Option<Instant>,
     metrics: Arc<Metrics>,
     outage: OutageLog,
@@ -208,7 +209,7 @@ impl Agent {
         agent
     }
 
-    /// Starts what the state wants started, and passes on what it has to report.
+    /// Starts the operations that the state requests, and publishes its events and latencies.
     fn dispatch(&mut self) {
         let Actions { start, find_lxcfs } = self.state.poll_actions(Instant::now());
         if find_lxcfs {
@@ -339,14 +340,14 @@ impl Agent {
 fn log_lxcfs_change(change: Change) {
     match change {
         Change::Mounted(Some(identity)) => {
-            tracing::info!(lxcfs = "mounted", dev = %identity.dev, "lxcfs changed")
+            tracing::info!(lxcfs = "mounted", dev = %identity.dev, "lxcfs changed");
         }
         Change::Mounted(None) => tracing::info!(lxcfs = "unmounted", "lxcfs changed"),
         Change::Exited { was, supervised } => {
             tracing::info!(lxcfs = "exited", dev = %was.dev, supervised, "lxcfs changed");
         }
         Change::Unresponsive(was) => {
-            tracing::info!(lxcfs = "unresponsive", dev = %was.dev, "lxcfs changed")
+            tracing::info!(lxcfs = "unresponsive", dev = %was.dev, "lxcfs changed");
         }
     }
 }

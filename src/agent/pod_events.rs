@@ -1,4 +1,4 @@
-//! What happened to a pod's containers, collected into at most one event of each reason.
+//! Collects the changes of a pod's containers into at most one event of each reason.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use crate::{
     telemetry::events::{PodEvent, PodRef, Reason},
 };
 
-/// The events to come of one pod, by container name.
+/// The unpublished changes and errors of one pod, by container name.
 #[derive(Debug, Default)]
 pub(super) struct PodReport {
     injected: BTreeMap<String, FileSet>,

@@ -21,7 +21,7 @@ use crate::{
     sys::{mountinfo::Dev, process::ProcessError},
 };
 
-/// What an operation uses.
+/// The dependencies of an operation.
 #[derive(Clone)]
 pub(super) struct Reconciler {
     workers: Workers,
@@ -87,8 +87,8 @@ impl Reconciler {
                 // It was not started, or it panicked.
                 Some(None) => Completion::NotRunning,
             };
-            tracing::debug!(container = name, ?completion, elapsed = ?started.elapsed(), "hung operation finished");
             let elapsed = started.elapsed();
+            tracing::debug!(container = name, ?completion, ?elapsed, "hung operation finished");
             let _ = tx.send(Message::OperationFinished { id, desired, completion, elapsed }).await;
         });
     }
@@ -203,9 +203,10 @@ fn log_changes(container: &str, completion: &Completion, elapsed: Duration) {
 fn log_sweep(swept: std::io::Result<PassSummary>) {
     match swept {
         Ok(summary) if summary.files > 0 => {
-            tracing::info!(swept_files = summary.files, %summary, "removed views of an exited lxcfs");
+            let swept_files = summary.files;
+            tracing::info!(swept_files, %summary, "removed views of an exited lxcfs");
         }
         Ok(_) => {}
-        Err(e) => tracing::warn!("failed to sweep the node: {e}"),
+        Err(cause) => tracing::warn!(%cause, "failed to sweep the node"),
     }
 }

@@ -4,6 +4,7 @@
 //! At most one operation per container is in flight. The last desired view wins.
 
 mod container;
+mod lxcfs;
 mod operation;
 
 use std::{
@@ -11,8 +12,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use self::container::Container;
 pub use self::operation::{Actions, Completion, Operation};
+use self::{container::Container, lxcfs::LxcfsState};
 use super::pod_events::{self, PodReport};
 use crate::{
     model::{
@@ -30,18 +31,6 @@ use crate::{
 
 /// The delay before a failed operation is retried.
 const CONTAINER_RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60));
-/// The delay before an absent lxcfs is looked for again.
-const LXCFS_RETRY: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
-
-/// What is known of the serving lxcfs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum LxcfsState {
-    Unknown,
-    Finding { attempt: u32 },
-    Serving,
-    Absent { attempt: u32, retry_at: Instant },
-}
-
 /// A container that the runtime reported and the watch of the pods has not yet.
 #[derive(Debug)]
 struct Unconfirmed {
@@ -60,7 +49,7 @@ struct PodState {
     seen_by_watch: bool,
 }
 
-/// What the state machine is configured with.
+/// The configuration of the state machine.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct StateConfig {
     /// Pods without annotation and namespace label have a view.
@@ -137,7 +126,7 @@ impl State {
                 self.update_desired_where(|pod| pod.namespace == name, now);
             }
             Update::ContainerStarted(container, trigger) => {
-                self.container_started(container, trigger, now)
+                self.container_started(container, trigger, now);
             }
             Update::ContainerStopped(id) => self.container_stopped(&id),
             Update::ContainersListed { containers, trigger, requested_at } => {
@@ -361,69 +350,6 @@ impl State {
         })
     }
 
-    /// A sweep starts; see [`State::sweep_finished`].
-    pub fn sweep_started(&mut self) {
-        self.sweeps += 1;
-    }
-
-    /// A sweep has finished.
-    pub fn sweep_finished(&mut self) {
-        self.sweeps -= 1;
-    }
-
-    /// Takes the result of [`Actions::find_lxcfs`].
-    pub fn lxcfs_found(&mut self, found: Result<(), String>, now: Instant) {
-        let LxcfsState::Finding { attempt } = self.lxcfs else { return };
-        let Err(why) = found else {
-            self.lxcfs = LxcfsState::Serving;
-            for c in self.containers.values_mut() {
-                if std::mem::take(&mut c.adoption_pending) {
-                    c.requeue();
-                }
-            }
-            return;
-        };
-        self.lxcfs =
-            LxcfsState::Absent { attempt: attempt + 1, retry_at: now + LXCFS_RETRY.delay(attempt) };
-        // One failure is a restart of lxcfs, which needs no event on every pod that starts in
-        // between.
-        if attempt == 0 {
-            return;
-        }
-        for c in self.containers.values_mut().filter(|c| c.needs_reconcile() && c.needs_lxcfs()) {
-            if let Some(pod) = self.pods.get_mut(&c.pod) {
-                c.report_error(why.clone(), |name, why| pod.report.add_failed(name, why));
-            }
-        }
-        self.flush_reports();
-    }
-
-    /// Whether this is the first search for lxcfs since it served.
-    pub fn is_first_search(&self) -> bool {
-        matches!(self.lxcfs, LxcfsState::Finding { attempt: 0 })
-    }
-
-    /// The lxcfs that was found is released: the next operation that needs one looks for it again.
-    pub fn lxcfs_released(&mut self) {
-        if self.lxcfs == LxcfsState::Serving {
-            self.lxcfs = LxcfsState::Unknown;
-        }
-    }
-
-    /// The serving lxcfs changed: what was known of it is outdated, and every view is reconciled
-    /// again.
-    pub fn lxcfs_changed(&mut self) {
-        self.lxcfs = LxcfsState::Unknown;
-        let has_view = |desired: Option<DesiredView>| {
-            desired.is_some_and(|desired| desired != DesiredView::Absent)
-        };
-        for c in self.containers.values_mut() {
-            if c.adopt || c.needs_lxcfs() || has_view(c.applied) || has_view(c.in_flight) {
-                c.requeue();
-            }
-        }
-    }
-
     /// Takes the completion of an operation.
     pub fn completed(&mut self, id: &ContainerId, completion: Completion, now: Instant) {
         let Some(c) = self.containers.get_mut(id) else { return };
@@ -445,7 +371,7 @@ impl State {
         self.flush_reports();
     }
 
-    /// Has every container reconciled again; a view that is as desired stays.
+    /// Queues every container again. A view that is as desired stays.
     pub fn resync(&mut self) {
         self.containers.values_mut().for_each(|c| c.applied = None);
     }
@@ -461,7 +387,7 @@ impl State {
         std::mem::take(&mut self.latencies)
     }
 
-    /// Why nothing can be decided yet.
+    /// The reason why nothing can be decided yet.
     pub fn not_ready_reason(&self) -> Option<&'static str> {
         match (self.pods_listed, self.namespaces_listed) {
             (false, _) => Some("pods not listed yet"),
@@ -470,7 +396,7 @@ impl State {
         }
     }
 
-    /// The containers that want a view, or may.
+    /// The containers with a desired view, and those of pods with invalid annotations.
     pub fn snapshot(&self) -> Vec<ContainerStatus> {
         let status = |(id, c): (&ContainerId, &Container)| {
             let pod = self.pods.get(&c.pod)?;

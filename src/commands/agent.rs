@@ -24,7 +24,7 @@ use crate::{
     telemetry::{events::Events, metrics::Metrics},
 };
 
-/// How many messages a channel to the agent's loop holds.
+/// The capacity of a channel to the agent's loop, in messages.
 const CHANNEL_CAPACITY: usize = 256;
 
 pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
@@ -50,7 +50,8 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
         watchers
             .spawn("the watch of CRI events", cri::watch_events(cri.clone(), updates_tx.clone()));
     }
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), lxcfs = %lxcfs_path.display(), "agent started");
+    let version = env!("CARGO_PKG_VERSION");
+    tracing::info!(version, lxcfs = %lxcfs_path.display(), "agent started");
     let listener = admin::listen(args.listen).await.with_context(|| {
         format!("failed to listen on {}; set --listen to another address", args.listen)
     })?;
@@ -77,15 +78,16 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
         metrics,
     };
     let nri_outputs = nri::Outputs { starts: blocked_starts_tx, updates: updates_tx };
+    let inputs = Inputs { updates, blocked_starts, snapshot_requests };
     tokio::select! {
-        stopped = agent::run(dependencies, Inputs { updates, blocked_starts, snapshot_requests }) => stopped?,
+        stopped = agent::run(dependencies, inputs) => stopped?,
         stopped = watchers.stopped() => return Err(stopped),
         stopped = run_nri(args.nri, args.nri_socket, nri_outputs) => stopped?,
         stopped = admin::serve(listener, app) => stopped.context("failed to serve HTTP")?,
     }
     // The last of the two pods removes the volume; lxcfs's pod does this too.
     if let Err(e) = volume::remove_if_unused(&lxcfs_path) {
-        tracing::debug!("failed to remove the volume of lxcfs: {e}");
+        tracing::debug!(cause = %e, "failed to remove the volume of lxcfs");
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -98,7 +100,8 @@ async fn watch_api_server(
 ) -> Result<Events> {
     let node = node_name.context("unknown node name; set --node-name or NODE_NAME")?;
     let client = kube::Client::try_default().await.context(
-        "failed to configure the API server's client; run in a pod with a service account, set KUBECONFIG, or use --pods-from cri",
+        "failed to configure the API server's client; \
+         run in a pod with a service account, set KUBECONFIG, or use --pods-from cri",
     )?;
     watchers.spawn(
         "the watch of pods",
@@ -133,7 +136,7 @@ impl Watchers {
         self.names.insert(self.tasks.spawn(task).id(), name);
     }
 
-    /// Waits for the first that stops, and says which and why.
+    /// Waits for the first that stops, and returns an error that names it.
     async fn stopped(&mut self) -> anyhow::Error {
         let (id, why) = match self.tasks.join_next_with_id().await {
             None => return std::future::pending().await,
@@ -141,7 +144,7 @@ impl Watchers {
             Some(Err(e)) => (e.id(), e.to_string()),
         };
         let name = self.names.get(&id).copied().unwrap_or("a task");
-        anyhow!("{name} stopped: {why}; this is a bug, report it with the agent's log")
+        anyhow!("{name} stopped: {why}; this is a bug: open an issue with the agent's log")
     }
 }
 

@@ -98,7 +98,8 @@ async fn all(lxcfs_path: &Path, cri: &CriClient, nri_socket: &Path) -> Vec<Check
         } else {
             warn(
                 "swap",
-                "before kernel 6.5, a container reads the node's values for a moment during a remount",
+                "before kernel 6.5, a container reads the node's values for a moment during a \
+                 remount",
             )
         },
         match require_capabilities() {
@@ -130,7 +131,8 @@ fn nri(socket: &Path) -> Check {
         Err(e) => warn(
             "nri",
             format!(
-                "{path}: {e}; views are injected just after a container's start, not before it; enable NRI in the runtime, or use the hook"
+                "{path}: {e}; views are injected just after a container's start, not before it; \
+                 enable NRI in the runtime, or use the hook"
             ),
         ),
     }
@@ -165,7 +167,8 @@ fn host_pids() -> Check {
     } else {
         warn(
             "pids",
-            "not in the host's pid namespace: only processes below it are visible; in a pod set hostPID: true",
+            "not in the host's pid namespace: only processes below it are visible; \
+             in a pod set hostPID: true",
         )
     }
 }

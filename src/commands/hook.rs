@@ -1,5 +1,5 @@
 //! `kube-lxcfs hook`: reads the container's state from stdin and injects the view, in a child
-//! process with a time limit. Whatever fails, the container starts.
+//! process with a time limit. No failure keeps the container from starting.
 
 use std::{
     fs::File,
@@ -72,7 +72,7 @@ async fn inject_if_desired(common: &Common, inject_by_default: bool) -> Result<(
     let files: Vec<&str> = outcome.done.iter().map(|step| step.file().name()).collect();
     tracing::info!(id, files = files.join(","), "view injected");
     for (file, why) in outcome.skipped {
-        tracing::warn!(id, "skipped {file}: {why}");
+        tracing::warn!(id, %file, %why, "view file skipped");
     }
     Ok(())
 }

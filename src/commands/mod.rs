@@ -1,4 +1,4 @@
-//! The commands: each calls the modules below and prints the result. Nothing is decided here.
+//! The commands: each calls modules of lower layers and prints the result. They decide nothing.
 
 mod agent;
 mod check;

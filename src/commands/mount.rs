@@ -22,9 +22,9 @@ use crate::{
     sys::process::Process,
 };
 
-/// How long `remount --all` waits for an lxcfs that is starting.
+/// The time that `remount --all` waits for an lxcfs that is starting.
 const STARTUP_WAIT: Duration = Duration::from_secs(5);
-/// How many containers a command works on concurrently.
+/// The limit of containers that a command works on concurrently.
 const CONCURRENCY: usize = 16;
 
 pub(super) async fn mount(
@@ -108,7 +108,7 @@ async fn processes(
     Ok(vec![process(common, target.pid, target.container.as_deref()).await?])
 }
 
-/// What a command did to one container.
+/// The changes that a command made to one container.
 #[derive(Debug, Serialize)]
 struct ContainerReport {
     pid: i32,
@@ -166,7 +166,7 @@ impl ContainerReport {
     }
 }
 
-/// Reconciles each process's mount namespace and prints what was done.
+/// Reconciles each process's mount namespace and prints the changes.
 async fn apply_and_print(
     workers: &Workers,
     processes: Vec<Arc<Process>>,

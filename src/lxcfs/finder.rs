@@ -21,13 +21,13 @@ use crate::{
     sys::mountinfo::{MountId, MountTable},
 };
 
-/// How often [`wait_until_serving`] looks for lxcfs.
+/// The interval between the searches of [`wait_until_serving`].
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Finds the lxcfs that serves at `path`, checks that it responds, and opens its view files.
 ///
 /// # Errors
-/// When there is none, or it does not respond within the workers' deadline.
+/// Fails if there is none, or it does not respond within the workers' deadline.
 pub async fn find(workers: &Workers, path: &Path) -> Result<Arc<LxcfsFiles>, Error> {
     Finder::new(path).find(workers).await
 }
@@ -78,7 +78,7 @@ impl Finder {
     }
 
     /// # Errors
-    /// When no lxcfs serves, or it does not respond within the workers' deadline.
+    /// Fails if no lxcfs serves, or it does not respond within the workers' deadline.
     pub async fn find(&self, workers: &Workers) -> Result<Arc<LxcfsFiles>, Error> {
         let identity = identify(&self.path);
         if let Some(probe) = &mut *self.pending() {

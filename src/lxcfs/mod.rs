@@ -19,7 +19,7 @@ use crate::{
     sys::mountinfo::{Dev, MountTable},
 };
 
-/// Why no lxcfs serves at a path.
+/// The reason why no lxcfs serves at a path.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("lxcfs path {0}: no such directory; start lxcfs or set --lxcfs-path")]

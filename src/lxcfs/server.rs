@@ -2,6 +2,8 @@
 
 use std::{os::unix::fs::MetadataExt, path::Path};
 
+use procfs::process::{FDInfo, FDTarget};
+
 use super::Identity;
 use crate::sys::{mountinfo::Dev, process::Process};
 
@@ -36,13 +38,13 @@ impl FuseProcess {
 
 fn fuse_processes() -> impl Iterator<Item = FuseProcess> {
     procfs::process::all_processes().into_iter().flatten().flatten().filter_map(|process| {
-        let fuse = |fd: &procfs::process::FDInfo| {
-            matches!(&fd.target, procfs::process::FDTarget::Path(path) if path.ends_with("dev/fuse"))
-        };
+        let fuse =
+            |fd: &FDInfo| matches!(&fd.target, FDTarget::Path(path) if path.ends_with("dev/fuse"));
+        let pid = process.pid;
         let fd = process.fd().ok()?.flatten().find(fuse)?.fd;
-        let info = std::fs::read_to_string(format!("/proc/{}/fdinfo/{fd}", process.pid)).unwrap_or_default();
-        let connection = info.lines().find_map(|l| l.strip_prefix("fuse_connection:")?.trim().parse().ok());
-        Some(FuseProcess { pid: process.pid, connection })
+        let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
+        let minor = |line: &str| line.strip_prefix("fuse_connection:")?.trim().parse().ok();
+        Some(FuseProcess { pid, connection: info.lines().find_map(minor) })
     })
 }
 

@@ -19,7 +19,7 @@ use tokio::{
 use super::{Error, Finder, Identity, identify, server};
 use crate::{mount::Workers, sys};
 
-/// How often lxcfs is probed.
+/// The interval between probes of lxcfs.
 const PROBE_INTERVAL: Duration = Duration::from_secs(30);
 /// On a busy node mounts change all the time; the table is read at most this often.
 const DEBOUNCE: Duration = Duration::from_millis(50);
@@ -44,7 +44,7 @@ pub struct MountTableWatch {
 
 impl MountTableWatch {
     /// # Errors
-    /// When the mount table cannot be watched.
+    /// Fails if the mount table cannot be watched.
     pub fn new() -> io::Result<MountTableWatch> {
         let table = rustix::fs::open(
             "/proc/self/mountinfo",
@@ -90,7 +90,7 @@ struct Server {
 
 impl Watcher {
     /// # Errors
-    /// When the mount table cannot be watched.
+    /// Fails if the mount table cannot be watched.
     pub fn new(finder: Finder, workers: Workers) -> io::Result<Watcher> {
         let mount_table = MountTableWatch::new()?;
         let mut probe = tokio::time::interval_at(Instant::now() + PROBE_INTERVAL, PROBE_INTERVAL);
@@ -138,13 +138,15 @@ impl Watcher {
                     if current != self.current {
                         self.current = current;
                         self.unresponsive = false;
-                        self.server = current.and_then(|current| Server::of(current, self.finder.path()));
+                        let path = self.finder.path();
+                        self.server = current.and_then(|current| Server::of(current, path));
                         return Change::Mounted(current);
                     }
                 }
                 _ = self.probe.tick(), if may_probe => {
                     let (finder, workers) = (self.finder.clone(), self.workers.clone());
-                    self.probing = Some(tokio::spawn(async move { finder.find(&workers).await.map(drop) }));
+                    let probing = async move { finder.find(&workers).await.map(drop) };
+                    self.probing = Some(tokio::spawn(probing));
                 }
                 found = probed => {
                     self.probing = None;

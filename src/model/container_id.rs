@@ -16,7 +16,7 @@ pub struct InvalidContainerId(pub String);
 
 impl ContainerId {
     /// # Errors
-    /// When the text is not a container id.
+    /// Fails if the text is not a container id.
     pub fn new(id: &str) -> Result<Self, InvalidContainerId> {
         let allowed = |b: u8| b.is_ascii_alphanumeric() || b"_.-".contains(&b);
         if (1..=128).contains(&id.len()) && id.bytes().all(allowed) && !id.starts_with('.') {
@@ -30,7 +30,7 @@ impl ContainerId {
     /// API).
     ///
     /// # Errors
-    /// When the part after `://` is not a container id.
+    /// Fails if the part after `://` is not a container id.
     pub fn from_url(url: &str) -> Result<Self, InvalidContainerId> {
         Self::new(url.split_once("://").map_or(url, |(_, id)| id))
     }

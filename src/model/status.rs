@@ -1,11 +1,11 @@
-//! Which containers want a view and what they have of it, as metrics and `/status` show it.
+//! The desired views of containers and their states, for metrics and `/status`.
 
 use serde::Serialize;
 use tokio::sync::oneshot;
 
 use super::container_id::ContainerId;
 
-/// The state of a container that wants a view.
+/// The state of a container with a desired view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ContainerState {
@@ -32,7 +32,7 @@ pub enum Operation {
     Remount,
 }
 
-/// A container that wants a view.
+/// A container with a desired view.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ContainerStatus {
     pub namespace: String,
@@ -42,20 +42,20 @@ pub struct ContainerStatus {
     pub desired: DesiredStatus,
 }
 
-/// What a container's pod desires, and how far it is reached.
+/// The desired view of a container, and its state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct DesiredStatus {
     /// `all`, comma-separated view files, or `keep` where the pod's annotations are invalid.
     pub files: String,
     pub state: ContainerState,
-    /// Why it has no view, or only a part of it.
+    /// The reason why it has no view, or only a part of it.
     pub why: Option<String>,
 }
 
 /// The agent's state at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
-    /// Why the agent is not ready, as far as its loop knows.
+    /// The reason why the agent is not ready, as far as its loop knows.
     pub not_ready_reason: Option<String>,
     pub containers: Vec<ContainerStatus>,
 }

@@ -1,4 +1,4 @@
-//! View files: their names and their paths. Knows nothing of mounts, pods or the state of lxcfs.
+//! View files: their names and their paths. Independent of mounts, pods and the state of lxcfs.
 
 use std::fmt;
 

@@ -33,10 +33,10 @@ use crate::{
     },
 };
 
-/// How often a reconcile plans again when the mounts change in between.
+/// The number of plans of a reconcile whose mounts change in between.
 const MAX_REPLANS: usize = 4;
 
-/// Does a task in the mount namespace of `process`, on a worker thread.
+/// Performs a task in the mount namespace of `process`, on a worker thread.
 ///
 /// # Errors
 /// See [`Error`].
@@ -74,7 +74,7 @@ pub fn reconcile_blocking(
                         failed.push(StepError { step, verb, cause });
                     }
                     Err((verb, StepFailure::Failed(cause))) => {
-                        failed.push(StepError { step, verb, cause })
+                        failed.push(StepError { step, verb, cause });
                     }
                 }
             }
@@ -122,7 +122,7 @@ fn clone_detached(file: BorrowedFd<'_>, ownership: Ownership) -> io::Result<Owne
     Ok(clone)
 }
 
-/// Why one step was not applied.
+/// The reason why one step was not applied.
 enum StepFailure {
     Skipped(SkipReason),
     /// The mounts are no longer as planned for.

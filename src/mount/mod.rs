@@ -1,5 +1,5 @@
 //! The mount driver: the only module that mounts. It injects, remounts and removes view files in
-//! the mount namespace of one process, from outside. Knows nothing of pods, runtimes or the health
+//! the mount namespace of one process, from outside. Independent of pods, runtimes and the health
 //! of lxcfs.
 //!
 //! Work runs on a thread of [`Workers`], which enters the namespace by pidfd and always returns to
@@ -46,7 +46,7 @@ impl LxcfsFiles {
     }
 }
 
-/// Why a container could not be reconciled.
+/// The reason why a container could not be reconciled.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("process {0} has exited")]
@@ -63,7 +63,10 @@ pub enum Error {
     #[error("lxcfs was unmounted during the operation")]
     LxcfsUnmounted,
     /// Some steps failed; the others were applied.
-    #[error("process {pid}: {}", .failed.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    #[error(
+        "process {pid}: {}",
+        .failed.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+    )]
     Steps { pid: i32, failed: Vec<StepError>, outcome: Outcome },
     #[error(transparent)]
     Work(#[from] WorkError),
@@ -76,7 +79,7 @@ impl Error {
         matches!(self, Error::ProcessExited(_) | Error::HostNamespace(_) | Error::OwnNamespace(_))
     }
 
-    /// What was applied before the error.
+    /// The changes before the error.
     pub fn into_outcome(self) -> Outcome {
         if let Error::Steps { outcome, .. } = self { outcome } else { Outcome::default() }
     }
@@ -91,7 +94,7 @@ pub struct StepError {
     cause: io::Error,
 }
 
-/// What was applied to a container.
+/// The changes of a container.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
     /// The steps that were applied.
@@ -100,7 +103,7 @@ pub struct Outcome {
     pub skipped: Vec<(ViewFile, SkipReason)>,
 }
 
-/// What to do in a container.
+/// A task in a container.
 #[derive(Clone, Debug)]
 pub enum Task {
     /// Make the view the desired one; without `lxcfs` nothing is injected. With `adopt`,
@@ -132,10 +135,10 @@ impl Task {
     }
 }
 
-/// Does a task in the mount namespace of `process`.
+/// Performs a task in the mount namespace of `process`.
 ///
 /// # Errors
-/// See [`Error`]. Repeating is safe: what is already in place stays.
+/// See [`Error`]. Repeating is safe: current view files stay.
 pub async fn reconcile(
     workers: &Workers,
     process: Arc<Process>,
@@ -154,7 +157,7 @@ pub async fn observe(workers: &Workers, process: Arc<Process>) -> Result<Observe
     observed.unwrap_or_else(|timeout| Err(timeout.error.into()))
 }
 
-/// How an lxcfs responds when one of its view files is opened.
+/// The response of an lxcfs when one of its view files is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Liveness {
     Alive,

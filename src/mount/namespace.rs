@@ -14,8 +14,8 @@ use rustix::{
 use super::{Error, driver::EnteredNs};
 use crate::sys::{mountinfo::MountTable, process::Process, syscalls};
 
-/// A namespace that another kube-lxcfs works on is waited for: so many attempts, so far apart.
-/// Together they take longer than any reconcile.
+/// The attempts to lock a namespace that another kube-lxcfs works on, and the interval between
+/// them. Together they take longer than any reconcile.
 const LOCK_ATTEMPTS: u32 = 500;
 const LOCK_INTERVAL: Duration = Duration::from_millis(1);
 
@@ -29,7 +29,7 @@ impl NamespaceId {
     }
 }
 
-/// What a worker thread keeps between jobs: its own mount namespace to return to, and a `/proc`
+/// The state of a worker thread between jobs: its own mount namespace to return to, and a `/proc`
 /// that no container can change.
 #[derive(Debug)]
 pub struct WorkerContext {

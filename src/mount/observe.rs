@@ -81,7 +81,7 @@ fn is_root_of(root: &[u8], file: ViewFile) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
+    use proptest::{collection::vec, prelude::*};
 
     use super::*;
     use crate::sys::mountinfo::{Dev, MountId};
@@ -90,10 +90,13 @@ mod tests {
 700 600 0:50 / / rw,relatime - overlay overlay rw,lowerdir=/l
 701 700 0:51 / /proc rw,nosuid,nodev,noexec,relatime - proc proc rw
 702 700 0:52 / /sys ro,nosuid,nodev,noexec,relatime - sysfs sysfs ro
-703 701 0:40 /proc/meminfo /proc/meminfo ro,nosuid,nodev,noexec,noatime - fuse.lxcfs lxcfs rw,user_id=0,group_id=0,allow_other
-704 701 0:40 /proc/uptime /proc/uptime rw,nosuid,nodev,relatime - fuse.lxcfs lxcfs rw,user_id=0,group_id=0,allow_other
+703 701 0:40 /proc/meminfo /proc/meminfo ro,nosuid,nodev,noexec,noatime - \
+    fuse.lxcfs lxcfs rw,user_id=0,group_id=0,allow_other
+704 701 0:40 /proc/uptime /proc/uptime rw,nosuid,nodev,relatime - \
+    fuse.lxcfs lxcfs rw,user_id=0,group_id=0,allow_other
 705 701 0:53 /null /proc/stat rw,nosuid - tmpfs tmpfs rw
-706 702 0:40 /sys/devices/system/cpu//deleted /sys/devices/system/cpu ro,nosuid,nodev,noexec,noatime - fuse.lxcfs lxcfs rw
+706 702 0:40 /sys/devices/system/cpu//deleted /sys/devices/system/cpu \
+    ro,nosuid,nodev,noexec,noatime - fuse.lxcfs lxcfs rw
 ";
     const LXCFS: Dev = Dev { major: 0, minor: 40 };
 
@@ -120,7 +123,8 @@ mod tests {
     fn stacks_are_bottom_first_in_any_line_order() {
         // MOVE_MOUNT_BENEATH: the newer mount (710) lies below the older one (703).
         let text = CONTAINER.replace("703 701", "703 710")
-            + "710 701 0:41 /proc/meminfo /proc/meminfo ro,nosuid,nodev,noexec,noatime - fuse.lxcfs lxcfs rw\n";
+            + "710 701 0:41 /proc/meminfo /proc/meminfo ro,nosuid,nodev,noexec,noatime - \
+               fuse.lxcfs lxcfs rw\n";
         let layers = &observed(&text).layers[&ViewFile::Meminfo];
         assert_eq!(layers.iter().map(|l| l.id.0).collect::<Vec<_>>(), [710, 703]);
     }
@@ -152,15 +156,19 @@ mod tests {
     proptest! {
         #[test]
         fn malformed_tables_and_trees_never_panic(
-            text in proptest::collection::vec(any::<u8>(), 0..200),
-            tree in proptest::collection::vec((0u64..6, 0u64..6, 0usize..5), 0..8),
+            text in vec(any::<u8>(), 0..200),
+            tree in vec((0u64..6, 0u64..6, 0usize..5), 0..8),
         ) {
-            let _ = MountTable::parse(&text).map(|t| (observe(&t, b"/", |_| false), t.top(b"/proc").is_some()));
+            let read = |table: &MountTable<'_>| {
+                let _ = (observe(table, b"/", |_| false), table.top(b"/proc").is_some());
+            };
+            let _ = MountTable::parse(&text).map(|table| read(&table));
             let points = ["/", "/proc", "/sys", "/proc/meminfo", "/sys/devices/system/cpu"];
-            let line = |(id, parent, p): &(u64, u64, usize)| format!("{id} {parent} 0:1 / {} rw - proc s o\n", points[*p]);
+            let line = |(id, parent, p): &(u64, u64, usize)| {
+                format!("{id} {parent} 0:1 / {} rw - proc s o\n", points[*p])
+            };
             let lines: String = tree.iter().map(line).collect();
-            let table = MountTable::parse(lines.as_bytes()).unwrap();
-            let _ = (observe(&table, b"/", |_| false), table.top(b"/proc").is_some());
+            read(&MountTable::parse(lines.as_bytes()).unwrap());
         }
     }
 }

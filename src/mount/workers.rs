@@ -19,17 +19,17 @@ use tokio::sync::oneshot;
 
 use super::WorkerContext;
 
-/// How many threads may hang, beside those that work, before new jobs are refused.
+/// The limit of hung threads, beside those that work. Beyond it new jobs are refused.
 const MAX_HUNG_THREADS: usize = 64;
 
 type Job = Box<dyn FnOnce(&WorkerContext, &Arc<AtomicBool>) + Send>;
 
-/// Why a job has no result.
+/// The reason why a job has no result.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("timed out after {0:?}")]
     TimedOut(Duration),
-    #[error("refused, because {0} threads hang; find the hung mounts with `kube-lxcfs status`")]
+    #[error("refused because {0} threads hang; find the hung mounts with `kube-lxcfs status`")]
     TooManyHung(usize),
     #[error("panicked; this is a bug: open an issue with the log")]
     Panicked,
@@ -86,7 +86,7 @@ impl Workers {
     /// Starts `threads` threads (at least one), each job with this deadline.
     ///
     /// # Errors
-    /// When [`WorkerContext::new`] fails: without `CAP_SYS_ADMIN`, or without `/proc`.
+    /// Fails if [`WorkerContext::new`] fails: without `CAP_SYS_ADMIN`, or without `/proc`.
     pub fn start(threads: usize, deadline: Duration) -> io::Result<Workers> {
         let pool = Arc::new(Pool {
             queue: Mutex::default(),
@@ -140,7 +140,7 @@ impl Workers {
         }
     }
 
-    /// How many threads hang now, beyond their deadline.
+    /// The number of threads that hang now, beyond their deadline.
     pub fn hung(&self) -> usize {
         self.pool.hung.load(Ordering::SeqCst)
     }

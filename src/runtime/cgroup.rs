@@ -14,7 +14,7 @@ use crate::{
     sys::process::{Process, ProcessError},
 };
 
-/// How long the result of a scan is reused. A pid from it is verified again before its use.
+/// The time for which a scan is reused. A pid from it is verified again before its use.
 const CACHE_TTL: Duration = Duration::from_millis(200);
 
 /// Finds the first processes of containers by a scan of `/proc`. Concurrent callers share one scan.
@@ -24,7 +24,7 @@ pub struct ProcScanner {
     last: Arc<Mutex<Option<Scan>>>,
 }
 
-/// When a scan started, and the first process of each container.
+/// The start time of a scan, and the first process of each container.
 type Scan = (Instant, HashMap<ContainerId, i64>);
 
 impl ProcScanner {
@@ -41,7 +41,7 @@ impl ProcScanner {
     /// All containers that have a process.
     ///
     /// # Errors
-    /// When `/proc` cannot be listed.
+    /// Fails if `/proc` cannot be listed.
     pub async fn running(&self) -> io::Result<Vec<ContainerId>> {
         self.scan(|found| found.keys().cloned().collect(), |_: &Vec<_>| false).await
     }
@@ -172,7 +172,8 @@ mod tests {
             format!("0::/kubepods.slice/kubepods-pod1.slice/crio-{ID}.scope/container\n"),
             format!("12:cpu,cpuacct:/kubepods/pod1/{ID}\n11:memory:/\n"),
             format!(
-                "1:name=systemd:/system.slice/containerd.service/kubepods-pod1.slice:cri-containerd:{ID}\n"
+                "1:name=systemd:/system.slice/containerd.service/\
+                 kubepods-pod1.slice:cri-containerd:{ID}\n"
             ),
             format!("0::/../../kubepods/pod1/{ID}/init.scope\n"),
             format!("0::/docker/{ID}/docker/{}\n", "f".repeat(64)),

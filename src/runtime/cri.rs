@@ -53,15 +53,20 @@ impl std::str::FromStr for CriEndpoint {
         if path.starts_with('/') {
             Ok(CriEndpoint(path.into()))
         } else {
-            Err("expected unix:// and an absolute path, as in unix:///run/containerd/containerd.sock".into())
+            Err("expected unix:// and an absolute path, \
+                 for example unix:///run/containerd/containerd.sock"
+                .into())
         }
     }
 }
 
-/// Why a call failed.
+/// The reason why a call failed.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
-    #[error("no CRI runtime responds at {}; set --cri-endpoint to its socket", DEFAULT_ENDPOINTS.join(", "))]
+    #[error(
+        "no CRI runtime responds at {}; set --cri-endpoint to its socket",
+        DEFAULT_ENDPOINTS.join(", ")
+    )]
     NoEndpoint,
     #[error(
         "CRI endpoint {0}: no such file; start the runtime, or set --cri-endpoint to its socket"
@@ -72,7 +77,8 @@ pub enum Error {
     #[error("CRI endpoint {path}: failed to connect: {cause}; is the runtime running?")]
     Connect { path: PathBuf, cause: Arc<io::Error> },
     #[error(
-        "CRI endpoint {path}: the server does not speak CRI v1 ({cause}); set --cri-endpoint to the runtime's socket"
+        "CRI endpoint {path}: the server does not speak CRI v1 ({cause}); \
+         set --cri-endpoint to the runtime's socket"
     )]
     NotCri { path: PathBuf, cause: String },
     #[error("CRI endpoint {path}: {call} failed: {cause}")]
@@ -288,7 +294,7 @@ impl EventStream {
     /// Waits for the next event. Cancel safe.
     ///
     /// # Errors
-    /// When the stream breaks.
+    /// Fails if the stream breaks.
     pub async fn next(&mut self) -> Result<NextEvent, Error> {
         let event = loop {
             match &mut self.state {

@@ -1,7 +1,7 @@
 //! Containers to processes: over CRI where a runtime responds, else from `/proc/*/cgroup`.
 //!
 //! A pid is bound to its container's id through a pidfd: the pidfd is opened first, then the cgroup
-//! is compared, so that a reused pid is never entered. Knows nothing of mounts or pods.
+//! is compared, so that a reused pid is never entered. Independent of mounts and pods.
 
 pub mod cgroup;
 pub mod cri;
@@ -23,7 +23,7 @@ pub enum PidSource {
     Proc,
 }
 
-/// Why the process of a container could not be found.
+/// The reason why the process of a container could not be found.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("container {0} is unknown to the runtime, or not running")]
@@ -96,7 +96,7 @@ impl Runtime {
     /// The ids of all running containers.
     ///
     /// # Errors
-    /// When the runtime does not respond (with [`PidSource::Cri`]), or `/proc` cannot be read.
+    /// Fails if the runtime does not respond (with [`PidSource::Cri`]), or `/proc` cannot be read.
     pub async fn running(&self) -> Result<Vec<ContainerId>, Error> {
         match &self.cri {
             Some(cri) => match cri.running().await {
@@ -107,7 +107,7 @@ impl Runtime {
         }
     }
 
-    /// Logs once that CRI does not respond, and once that it responds again.
+    /// Logs an outage of CRI once, and its recovery once.
     fn log_availability<T>(&self, response: Result<T, Error>) -> Result<T, Error> {
         let mut outage = self.outage.lock().unwrap_or_else(PoisonError::into_inner);
         match &response {

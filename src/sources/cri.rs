@@ -23,7 +23,7 @@ use crate::{
     telemetry::{Backoff, OutageLog},
 };
 
-/// How often the pod sandboxes are listed.
+/// The interval between lists of the pod sandboxes.
 const LIST_INTERVAL: Duration = Duration::from_secs(30);
 /// The delay before the next list after a failure.
 const LIST_RETRY: Backoff = Backoff::new(Duration::from_secs(1), LIST_INTERVAL);
@@ -55,7 +55,7 @@ pub async fn watch(cri: CriClient, updates: Sender<Update>) {
 /// The pods of all ready sandboxes with their running containers.
 ///
 /// # Errors
-/// When the runtime does not respond.
+/// Fails if the runtime does not respond.
 pub async fn list_pods(cri: &CriClient) -> Result<Vec<Pod>, Error> {
     let sandboxes = sandboxes(cri).await?;
     let mut containers: HashMap<String, Vec<Container>> = HashMap::new();
@@ -78,7 +78,7 @@ pub async fn list_pods(cri: &CriClient) -> Result<Vec<Pod>, Error> {
 /// pods' names is better than none.
 pub async fn list_pods_or_none(cri: &CriClient) -> Vec<Pod> {
     list_pods(cri).await.unwrap_or_else(|e| {
-        tracing::warn!("views are shown without their pods' names: {e}");
+        tracing::warn!(cause = %e, "views are shown without their pods' names");
         Vec::new()
     })
 }
@@ -97,7 +97,7 @@ pub async fn watch_events(cri: CriClient, updates: Sender<Update>) {
                 return updates.closed().await;
             }
             // The components that need the runtime report its outage.
-            Err(e) => tracing::debug!("container events stopped: {e}"),
+            Err(e) => tracing::debug!(cause = %e, "container events stopped"),
         }
         if started.elapsed() > EVENTS_RETRY.longest {
             delays.reset();
@@ -121,7 +121,7 @@ async fn forward_events(cri: &CriClient, updates: &Sender<Update>) -> Result<Nex
                     .send(Update::ContainersListed { containers, trigger, requested_at })
                     .await;
             }
-            Err(e) => tracing::debug!("failed to list containers: {e}"),
+            Err(e) => tracing::debug!(cause = %e, "failed to list containers"),
         }
     };
     let events = async {
@@ -194,7 +194,7 @@ fn update(event: ContainerEventResponse) -> Option<Update> {
     let status =
         event.containers_statuses.into_iter().find(|status| status.id == event.container_id)?;
     let PodSandboxStatus { metadata, annotations, .. } = event.pod_sandbox_status?;
-    // An old event may come late: a runtime keeps those that nobody has received.
+    // An old event may come late: a runtime keeps those that no client has received.
     if kind != ContainerEventType::ContainerStartedEvent
         || status.state != ContainerState::ContainerRunning as i32
     {

@@ -275,12 +275,15 @@ mod tests {
             "ephemeralContainers": [{"name": "debugger"}]},
         "status": {
             "initContainerStatuses": [
-                {"name": "setup", "containerID": "containerd://aa", "state": {"terminated": {"exitCode": 0}}},
-                {"name": "proxy", "containerID": "containerd://bb", "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}}],
+                {"name": "setup", "containerID": "containerd://aa",
+                    "state": {"terminated": {"exitCode": 0}}},
+                {"name": "proxy", "containerID": "containerd://bb",
+                    "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}}],
             "containerStatuses": [
                 {"name": "app", "containerID": "cri-o://cc", "state": {"running": {}}},
                 {"name": "waiting", "state": {"waiting": {"reason": "ContainerCreating"}}}],
-            "ephemeralContainerStatuses": [{"name": "debugger", "containerID": "docker://dd", "state": {"running": {}}}]}
+            "ephemeralContainerStatuses": [
+                {"name": "debugger", "containerID": "docker://dd", "state": {"running": {}}}]}
     }"#;
 
     #[test]

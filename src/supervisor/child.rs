@@ -22,9 +22,9 @@ use super::Error;
 const OPTIONS: [&str; 3] = ["--enable-loadavg", "--enable-cfs", "--enable-pidfd"];
 /// The limit for `lxcfs --help`.
 const HELP_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often `lxcfs --help` is tried if it is killed by a signal.
+/// The attempts of `lxcfs --help` if it is killed by a signal.
 const HELP_ATTEMPTS: u32 = 3;
-/// How long lxcfs may take to exit after SIGTERM.
+/// The time for lxcfs to exit after SIGTERM.
 const TERM_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The options of [`OPTIONS`] that this lxcfs has, by its own help text: versions differ.
@@ -63,7 +63,7 @@ pub(super) fn start(
     options: &[&str],
     args: &[OsString],
 ) -> Result<Child, Error> {
-    // At each start: if the directory is removed, lxcfs still comes back.
+    // At each start, because the directory may have been removed since the last one.
     std::fs::create_dir_all(path).map_err(|cause| Error::Path { path: path.to_owned(), cause })?;
     let pid_file = pid_file(path);
     let _ = std::fs::remove_file(&pid_file);

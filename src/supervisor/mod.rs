@@ -1,8 +1,8 @@
 //! `kube-lxcfs lxcfs`: runs lxcfs as its child, so that no container keeps a dead view or hangs on
 //! a hung lxcfs.
 //!
-//! When lxcfs exits, the supervisor first unmounts it at the serving path, so that nobody can make
-//! new views of it. Then it sweeps every mount namespace and starts lxcfs again. At a shutdown it
+//! When lxcfs exits, the supervisor first unmounts it at the serving path, so that no new view can
+//! be made of it. Then it sweeps every mount namespace and starts lxcfs again. At a shutdown it
 //! sweeps before it stops lxcfs, so that no reader sees an error.
 
 mod child;
@@ -40,18 +40,18 @@ const SWEEPERS: usize = 48;
 const NICE: i32 = -10;
 /// The limit of a sweep in one namespace.
 const SWEEP_DEADLINE: Duration = Duration::from_secs(5);
-/// How long lxcfs may take to serve after its start.
+/// The time for lxcfs to serve after its start.
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often the mount is looked for during a start.
+/// The interval between checks for the mount during a start.
 const STARTUP_POLL: Duration = Duration::from_millis(5);
 /// A reader that opened a view file just before its removal finishes within this time.
 const DRAIN: Duration = Duration::from_millis(200);
 /// The delay before a restart, from the second failure on.
 const RESTART: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
-/// An lxcfs that served so long resets the delay.
+/// An lxcfs that served for this time resets the delay.
 const BACKOFF_RESET: Duration = Duration::from_secs(60);
 
-/// What is run, and where.
+/// The supervisor of one lxcfs: its path, program and arguments.
 #[derive(Clone, Debug)]
 pub struct Supervisor {
     pub path: PathBuf,
@@ -61,7 +61,7 @@ pub struct Supervisor {
     pub watchdog: Duration,
 }
 
-/// Why lxcfs cannot be run.
+/// The reason why lxcfs cannot be run.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error("failed to run {bin}: {cause}; install lxcfs, or set --lxcfs-bin to its program")]
@@ -76,7 +76,7 @@ pub enum Error {
     Watch(io::Error),
 }
 
-/// Why lxcfs stopped serving.
+/// The reason why lxcfs stopped serving.
 enum ExitReason {
     Exited(io::Result<ExitStatus>),
     Hung,
@@ -119,7 +119,7 @@ impl Supervisor {
     /// Runs until SIGTERM or SIGINT. Leaves no mount, process or view behind.
     ///
     /// # Errors
-    /// When lxcfs cannot be run at all; an lxcfs that exits or hangs is restarted.
+    /// Fails if lxcfs cannot be run at all; an lxcfs that exits or hangs is restarted.
     pub async fn run(self) -> Result<(), Error> {
         self.run_until_shutdown().await?;
         self.clean_up();
@@ -150,7 +150,8 @@ impl Supervisor {
             let reason = match self.wait_until_serving(&mut child, &pools, &mut signals).await {
                 Err(reason) => reason,
                 Ok(identity) => {
-                    tracing::info!(lxcfs = "serving", dev = %identity.dev, elapsed = ?started.elapsed(), "lxcfs serves");
+                    let (dev, elapsed) = (identity.dev, started.elapsed());
+                    tracing::info!(lxcfs = "serving", %dev, ?elapsed, "lxcfs serves");
                     predecessors.replace(&self.path, &pools.sweepers, &pools.probe_workers).await;
                     let reason = self
                         .serve(&mut child, identity, &pools, &mut mount_table, &mut signals)
@@ -235,7 +236,7 @@ impl Supervisor {
             }
         };
         let unmounted = async {
-            // A covered lxcfs serves nobody.
+            // A covered lxcfs serves no new view.
             while identify(&self.path) == Some(serving) {
                 mount_table.changed().await;
             }
@@ -270,16 +271,17 @@ impl Supervisor {
         let stopped = Instant::now();
         match reason {
             ExitReason::Hung => {
-                tracing::error!(exit_reason = "hung", timeout = ?self.watchdog, "lxcfs is unresponsive, killing it");
+                let timeout = self.watchdog;
+                tracing::error!(exit_reason = "hung", ?timeout, "killing an unresponsive lxcfs");
                 let _ = child.start_kill();
             }
             ExitReason::Unmounted => {
                 let path = self.path.display();
-                tracing::error!(exit_reason = "unmounted", %path, "lxcfs is no longer the topmost mount");
+                tracing::error!(exit_reason = "unmounted", %path, "lxcfs unmounted or covered");
             }
             ExitReason::Exited(_) | ExitReason::Shutdown => {}
         }
-        // From here on nobody can make new views of it. Existing ones work as long as it lives.
+        // From here on no new view can be made of it. Existing ones work until it exits.
         while identify(&self.path).is_some_and(|top| top.dev == dev) && detach(&self.path).is_ok() {
         }
         sweep(sweepers, dev).await;
@@ -298,7 +300,7 @@ impl Supervisor {
     fn clean_up(&self) {
         let _ = std::fs::remove_file(child::pid_file(&self.path));
         if let Err(e) = volume::remove_if_unused(&self.path) {
-            tracing::warn!("failed to remove the volume of lxcfs: {e}");
+            tracing::warn!(cause = %e, "failed to remove the volume of lxcfs");
         }
         tracing::info!(exit_reason = "shutdown", "lxcfs stopped");
     }
@@ -316,10 +318,11 @@ fn detach(path: &Path) -> rustix::io::Result<()> {
 async fn sweep(sweepers: &Workers, dev: Dev) {
     match node::sweep(sweepers, HashSet::from([dev])).await {
         Ok(swept) if swept.files > 0 => {
-            tracing::info!(swept_files = swept.files, %swept, "removed views of an exited lxcfs");
+            let (swept_files, summary) = (swept.files, swept);
+            tracing::info!(swept_files, %summary, "removed views of an exited lxcfs");
         }
         Ok(_) => {}
-        Err(e) => tracing::error!("failed to sweep: {e}"),
+        Err(cause) => tracing::error!(%cause, "failed to sweep the node"),
     }
 }
 

@@ -29,7 +29,7 @@ impl Predecessors {
             match Finder::new(path).find(sweepers).await {
                 Ok(_) => predecessors.mounted = Some(dev),
                 Err(e) => {
-                    tracing::info!("removing the mount of a predecessor: {e}");
+                    tracing::info!(cause = %e, "removing the mount of a predecessor");
                     predecessors.processes.drain(..).for_each(|(process, _)| kill(&process));
                     hung = Some(dev);
                 }
@@ -37,14 +37,15 @@ impl Predecessors {
         }
         super::unmount_all(path);
         for (process, _) in &predecessors.processes {
-            tracing::info!(pid = process.pid(), "a predecessor still runs and will be replaced");
+            tracing::info!(pid = process.pid(), "predecessor still runs, replacing it");
         }
         match node::sweep_dead(sweepers, hung).await {
             Ok(swept) if swept.files > 0 => {
-                tracing::info!(swept_files = swept.files, %swept, "removed dead views of a predecessor");
+                let (swept_files, summary) = (swept.files, swept);
+                tracing::info!(swept_files, %summary, "removed dead views of a predecessor");
             }
             Ok(_) => {}
-            Err(e) => tracing::warn!("failed to look for dead views: {e}"),
+            Err(cause) => tracing::warn!(%cause, "failed to sweep the node"),
         }
         predecessors
     }
@@ -70,10 +71,10 @@ impl Predecessors {
         let Ok(lxcfs) = Finder::new(path).find(probe_workers).await else { return };
         match node::remount(sweepers, &lxcfs, |dev| self.may_own(dev)).await {
             Ok(remounted) if remounted.files > 0 => {
-                tracing::info!(%remounted, "remounted views of a predecessor")
+                tracing::info!(summary = %remounted, "remounted views of a predecessor");
             }
             Ok(_) => {}
-            Err(e) => return tracing::warn!("failed to remount views of a predecessor: {e}"),
+            Err(cause) => return tracing::warn!(%cause, "failed to remount a predecessor's views"),
         }
         drop(lxcfs);
         self.mounted = None;
@@ -82,7 +83,7 @@ impl Predecessors {
         }
         for (process, _) in self.processes.drain(..) {
             kill(&process);
-            tracing::info!(pid = process.pid(), "killed the predecessor");
+            tracing::info!(pid = process.pid(), "predecessor killed");
         }
     }
 }

@@ -18,7 +18,7 @@ use crate::{
 /// volume. If lxcfs is not in a volume, nothing is removed.
 ///
 /// # Errors
-/// When the volume cannot be removed, as when it is not empty.
+/// Fails if the volume cannot be removed, as when it is not empty.
 pub fn remove_if_unused(lxcfs_path: &Path) -> io::Result<()> {
     let Some(point) = lxcfs_path.parent() else { return Ok(()) };
     let own = std::fs::read("/proc/self/mountinfo")?;

@@ -1,5 +1,5 @@
 //! System interfaces: what no crate wraps safely (this file is the only one with `unsafe`),
-//! processes, mount tables and the check for system calls. Knows nothing of views, pods or lxcfs.
+//! processes, mount tables and the check for system calls. Independent of pods and lxcfs.
 #![allow(
     unsafe_code,
     reason = "mount_setattr(2) has no safe wrapper in nix or rustix, and epoll none in tokio"

@@ -220,7 +220,9 @@ mod tests {
 
     #[test]
     fn topmost_mount_is_found_and_covered_one_is_not() {
-        let text = "1 0 8:1 / / rw - ext4 r rw\n2 1 0:9 / /a rw - tmpfs t rw\n3 2 0:40 / /a/lxcfs rw - fuse.lxcfs lxcfs rw\n";
+        let text = "1 0 8:1 / / rw - ext4 r rw\n\
+                    2 1 0:9 / /a rw - tmpfs t rw\n\
+                    3 2 0:40 / /a/lxcfs rw - fuse.lxcfs lxcfs rw\n";
         let id = |text: &str, path: &str| {
             MountTable::parse(text.as_bytes()).unwrap().top(path.as_bytes()).map(|m| m.id.0)
         };

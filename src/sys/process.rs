@@ -19,7 +19,7 @@ pub struct Process {
     root: PathBuf,
 }
 
-/// Why a process cannot be opened.
+/// The reason why a process cannot be opened.
 #[derive(Debug, thiserror::Error)]
 pub enum ProcessError {
     #[error("no process has pid {0}")]
@@ -39,7 +39,7 @@ impl Process {
     /// Opens the process that has this pid now (pidfd_open(2), kernel 5.3).
     ///
     /// # Errors
-    /// When there is none, or it is a kernel thread.
+    /// Fails if there is none, or it is a kernel thread.
     pub fn open(pid: i64) -> Result<Process, ProcessError> {
         let raw =
             i32::try_from(pid).ok().filter(|pid| *pid > 0).ok_or(ProcessError::InvalidPid(pid))?;

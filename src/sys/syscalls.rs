@@ -1,4 +1,4 @@
-//! Which system calls this kernel, or the seccomp profile on it, permits.
+//! The check for system calls that this kernel, or a seccomp profile, may lack.
 
 use std::{fmt, os::fd::BorrowedFd};
 

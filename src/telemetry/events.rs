@@ -73,7 +73,7 @@ const PUBLISH_DEADLINE: Duration = Duration::from_secs(600);
 /// More events than these in the queue are dropped: views matter more than events.
 const QUEUE_CAPACITY: usize = 1024;
 
-/// Where events go: to the log, and with an API server to the pods.
+/// The destination of events: the log, and with an API server the pods.
 #[derive(Clone, Debug)]
 pub struct Events(Option<mpsc::Sender<PodEvent>>);
 

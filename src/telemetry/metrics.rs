@@ -33,8 +33,17 @@ pub enum OperationResult {
     Failure,
 }
 
-label_values!(StateValue(ContainerState) { Injected => "injected", Pending => "pending", Failed => "failed", Skipped => "skipped" });
-label_values!(OperationValue(Operation) { Inject => "inject", Remove => "remove", Remount => "remount" });
+label_values!(StateValue(ContainerState) {
+    Injected => "injected",
+    Pending => "pending",
+    Failed => "failed",
+    Skipped => "skipped",
+});
+label_values!(OperationValue(Operation) {
+    Inject => "inject",
+    Remove => "remove",
+    Remount => "remount",
+});
 label_values!(ResultValue(OperationResult) { Success => "success", Failure => "failure" });
 label_values!(TriggerValue(Trigger) { Nri => "nri", Cri => "cri", Watch => "watch" });
 
@@ -93,7 +102,7 @@ impl Default for Metrics {
         let registry = &mut metrics.registry;
         registry.register(
             "containers",
-            "Containers that want a view, by state",
+            "Containers with a desired view, by state",
             metrics.containers.clone(),
         );
         registry.register(
@@ -121,7 +130,8 @@ impl Default for Metrics {
         );
         registry.register_with_unit(
             "remount_pass_duration",
-            "Duration of the last remount pass, from the start of another lxcfs until every view was current, in seconds",
+            "Duration of the last remount pass, from the start of another lxcfs until every view \
+             was current, in seconds",
             Unit::Seconds,
             metrics.remount_pass.clone(),
         );

@@ -1,4 +1,4 @@
-//! What the program reports about itself: the log, metrics, Events on pods.
+//! Telemetry: the log, metrics, Events on pods.
 
 pub mod events;
 pub mod metrics;
@@ -26,7 +26,7 @@ const DEFAULT_LOG_FILTER: &str = "info,kube_runtime=error,kube_client=error";
 /// used.
 ///
 /// # Panics
-/// When called twice.
+/// Panics if called twice.
 pub fn init(format: LogFormat) {
     let (filter, invalid) = log_filter(std::env::var_os("RUST_LOG"));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
@@ -50,7 +50,7 @@ fn log_filter(value: Option<std::ffi::OsString>) -> (EnvFilter, Option<String>) 
     }
 }
 
-/// Logs an outage once when it starts and once when it is over, not at every retry.
+/// Logs the start and the end of an outage once each, not every retry.
 #[derive(Debug)]
 pub struct OutageLog {
     /// The component that fails, as in the field `subject` of the log.

@@ -24,9 +24,9 @@ pub(super) struct Container {
     pub(super) desired: DesiredView,
     /// The desired view that was last reached.
     pub(super) applied: Option<DesiredView>,
-    /// The desired view of the operation that runs.
+    /// The desired view of the operation in flight.
     pub(super) in_flight: Option<DesiredView>,
-    /// The operation that runs does not count, because lxcfs changed since its start.
+    /// The operation in flight does not count, because lxcfs changed since its start.
     pub(super) dirty: bool,
     /// With adoption: its last operation had no lxcfs, so another follows when there is one.
     pub(super) adoption_pending: bool,
@@ -53,8 +53,8 @@ impl Container {
         !matches!(self.desired, DesiredView::Absent | DesiredView::Unmanaged)
     }
 
-    /// Has the container reconciled again. An operation that runs may have used outdated facts, so
-    /// another follows it.
+    /// Queues the container again. An operation in flight may have used outdated facts, so another
+    /// follows it.
     pub(super) fn requeue(&mut self) {
         self.applied = None;
         self.retry = None;
@@ -119,7 +119,7 @@ impl Container {
             }
             Completion::NotRunning => self.schedule_retry(now),
             Completion::Unsupported { why } => {
-                // A container that does not want a view loses nothing.
+                // Without a desired view there is no failure to report.
                 if desired != DesiredView::Absent {
                     self.report_error(why, |c, why| report.add_unsupported(c, why));
                 }

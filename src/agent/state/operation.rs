@@ -1,4 +1,4 @@
-//! Operations: what the state starts, and how they complete.
+//! Operations that the state starts, and their completions.
 
 use crate::{
     model::{container_id::ContainerId, view::ViewFile},
@@ -16,15 +16,15 @@ pub struct Operation {
     pub pid: Option<i64>,
 }
 
-/// What to do now.
+/// The outputs of the state: operations to start, and a search.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Actions {
     pub start: Vec<Operation>,
-    /// Operations wait for the serving lxcfs: look for it.
+    /// Operations wait for the serving lxcfs: search for it.
     pub find_lxcfs: bool,
 }
 
-/// How an operation completed.
+/// The completion of an operation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Completion {
     /// The container has its desired view.

@@ -1,9 +1,9 @@
 //! The state machine alone, and against a model: after any sequence of inputs, every container has
 //! its last desired view.
 
-use proptest::prelude::*;
+use proptest::{collection::vec, prelude::*};
 
-use super::*;
+use super::{lxcfs::LXCFS_RETRY, *};
 use crate::{
     model::{
         pod::{self, Annotations, Namespace},
@@ -212,7 +212,7 @@ fn container_stopped_before_the_watch_is_removed() {
         state.update(Update::ContainerStarted(started("p", Some("true"), n), Trigger::Nri), now);
     }
     state.update(Update::ContainerStopped(id(1)), now);
-    // A list from before the start value nothing of it; the one after it does.
+    // A list from before the start cannot contain it. The one after it can.
     let list = |requested_at| Update::ContainersListed {
         containers: vec![started("p", Some("true"), 3)],
         trigger: Trigger::Nri,
@@ -471,7 +471,7 @@ impl Node {
         self.state.completed(&id, finished, self.now);
     }
 
-    /// What the agent's loop does between two inputs.
+    /// Does the work of the agent's loop between two inputs.
     fn turn(&mut self) {
         let actions = self.state.poll_actions(self.now);
         if actions.find_lxcfs {
@@ -543,7 +543,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn state_machine_reaches_last_desired_view(inputs in proptest::collection::vec(input(), 0..60)) {
+    fn state_machine_reaches_last_desired_view(inputs in vec(input(), 0..60)) {
         let mut node = Node::new();
         inputs.iter().for_each(|input| node.apply(input));
         node.settle();

@@ -41,35 +41,39 @@ pub const DEFAULT_SOCKET: &str = "/var/run/nri/nri.sock";
 const NAME: &str = "kube-lxcfs";
 /// After the plugins that change containers.
 const INDEX: &str = "90";
-/// How long the runtime may take to reply to the registration.
+/// The ttrpc stream of the registration, the plugin's only call.
+const REGISTRATION_STREAM: u32 = 1;
+/// The limit for the runtime's reply to the registration.
 const REGISTRATION_TIMEOUT: Duration = Duration::from_secs(5);
 /// The delay before the next connection. A new socket ends it early.
 const RECONNECT: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(30));
-/// A session that lasted so long resets the delay.
+/// A session of at least this duration resets the delay.
 const STABLE_SESSION: Duration = Duration::from_secs(10);
 /// The delay between the creation of the socket's file and the connection: the runtime binds first
 /// and listens then.
 const LISTEN_DELAY: Duration = Duration::from_millis(50);
 
-/// Whether NRI is used (`--nri`).
+/// The use of NRI (`--nri`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum NriMode {
-    /// Where the runtime has it.
+    /// Use it if the runtime has it.
     Auto,
     Off,
     /// The agent exits with an error if the runtime does not have it.
     Required,
 }
 
-/// Why there is no session with the runtime.
+/// The reason why there is no session with the runtime.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(
-        "NRI socket {path}: failed to connect: {cause}; enable NRI in the runtime's configuration, set --nri-socket, or use --nri auto"
+        "NRI socket {path}: failed to connect: {cause}; \
+         enable NRI in the runtime's configuration, set --nri-socket, or use --nri auto"
     )]
     Connect { path: PathBuf, cause: io::Error },
     #[error(
-        "NRI socket {0}: registration timed out after {REGISTRATION_TIMEOUT:?}; set --nri-socket to the runtime's NRI socket"
+        "NRI socket {0}: registration timed out after {REGISTRATION_TIMEOUT:?}; \
+         set --nri-socket to the runtime's NRI socket"
     )]
     RegistrationTimeout(PathBuf),
     #[error("NRI: the runtime refused the plugin: {0}")]
@@ -89,7 +93,7 @@ pub struct BlockedStart {
     pub reply: oneshot::Sender<()>,
 }
 
-/// Where the plugin sends starts and updates.
+/// The outputs of the plugin: starts and updates.
 #[derive(Clone, Debug)]
 pub struct Outputs {
     pub starts: mpsc::Sender<BlockedStart>,
@@ -200,7 +204,9 @@ async fn session(
                     }
                 }
                 while let Some(message) = Message::decode(&mut responses)? {
-                    if let (MessageType::Response, 1, false) = (message.message_type, message.stream, *registered) {
+                    let is_reply = message.message_type == MessageType::Response
+                        && message.stream == REGISTRATION_STREAM;
+                    if is_reply && !*registered {
                         accepted(&message.payload)?;
                         *registered = true;
                         tracing::info!(nri = "registered", "NRI plugin registered");
@@ -218,7 +224,9 @@ async fn session(
                 reply.frame(ttrpc::PLUGIN).encode(&mut out);
                 write.write_all(&out).await?;
             }
-            () = &mut timeout, if !*registered => return Err(Error::RegistrationTimeout(socket.to_owned())),
+            () = &mut timeout, if !*registered => {
+                return Err(Error::RegistrationTimeout(socket.to_owned()));
+            }
         }
     }
 }
@@ -233,7 +241,7 @@ fn registration() -> Message {
         payload: register.encode_to_vec().into(),
     };
     Message {
-        stream: 1,
+        stream: REGISTRATION_STREAM,
         message_type: MessageType::Request,
         payload: request.encode_to_vec().into(),
     }

@@ -96,7 +96,8 @@ impl<'a> PluginService<'a> {
             self.timeout = Duration::from_millis(ms);
         }
         let ConfigureRequest { runtime_name, runtime_version, .. } = configure;
-        tracing::debug!(runtime_name, runtime_version, timeout = ?self.timeout, "NRI plugin configured");
+        let timeout = self.timeout;
+        tracing::debug!(runtime_name, runtime_version, ?timeout, "NRI plugin configured");
     }
 
     /// Collects a part of the containers that exist, and returns all of them with the last part.
@@ -137,7 +138,7 @@ impl<'a> PluginService<'a> {
                 };
                 let (injected_tx, injected) = oneshot::channel();
                 let starts = self.outputs.starts.clone();
-                let limit = self.timeout / 2;
+                let timeout = self.timeout / 2;
                 Box::pin(async move {
                     let id = container.id.clone();
                     let injection = async {
@@ -147,8 +148,12 @@ impl<'a> PluginService<'a> {
                             let _ = injected.await;
                         }
                     };
-                    if tokio::time::timeout(limit, injection).await.is_err() {
-                        tracing::warn!(%id, timeout = ?limit, "injection timed out, the container starts without its view");
+                    if tokio::time::timeout(timeout, injection).await.is_err() {
+                        tracing::warn!(
+                            %id,
+                            ?timeout,
+                            "injection timed out, the container starts without its view"
+                        );
                     }
                     reply
                 })

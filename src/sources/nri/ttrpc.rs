@@ -39,7 +39,7 @@ impl Frame {
     /// Takes the next complete frame from the buffer, if there is one.
     ///
     /// # Errors
-    /// When its length is beyond [`MAX_FRAME_BYTES`].
+    /// Fails if its length is beyond [`MAX_FRAME_BYTES`].
     pub fn decode(buffer: &mut BytesMut) -> Result<Option<Frame>, Error> {
         let Some((mut header, body)) = buffer.split_at_checked(FRAME_HEADER) else {
             return Ok(None);
@@ -56,7 +56,7 @@ impl Frame {
     }
 
     /// # Panics
-    /// When the payload is longer than [`MAX_FRAME_BYTES`].
+    /// Panics if the payload is longer than [`MAX_FRAME_BYTES`].
     pub fn encode(&self, buffer: &mut BytesMut) {
         assert!(self.payload.len() <= MAX_FRAME_BYTES);
         buffer.put_u32(self.connection);
@@ -100,7 +100,7 @@ impl Message {
     /// Takes the next complete message from a connection's bytes, if there is one.
     ///
     /// # Errors
-    /// When its length is beyond [`MAX_PAYLOAD_BYTES`].
+    /// Fails if its length is beyond [`MAX_PAYLOAD_BYTES`].
     pub fn decode(buffer: &mut BytesMut) -> Result<Option<Message>, Error> {
         let Some((mut header, body)) = buffer.split_at_checked(MESSAGE_HEADER) else {
             return Ok(None);
@@ -172,7 +172,7 @@ pub struct RegisterPluginRequest {
     pub plugin_idx: String,
 }
 
-/// How the runtime configures the plugin. Timeouts are in ms; older runtimes send none.
+/// The runtime's configuration of the plugin. Timeouts are in ms; older runtimes send none.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct ConfigureRequest {
     #[prost(string, tag = "2")]
@@ -207,7 +207,7 @@ pub struct SynchronizeResponse {
     pub more: bool,
 }
 
-/// How older runtimes report an [`event`].
+/// The form in which older runtimes report an [`event`].
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct StateChangeEvent {
     #[prost(int32, tag = "1")]
@@ -218,7 +218,7 @@ pub struct StateChangeEvent {
     pub container: Option<Container>,
 }
 
-/// How newer runtimes report an event, in a call named after it.
+/// The form in which newer runtimes report an event: a call named after it.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct ContainerRequest {
     #[prost(message, optional, tag = "1")]
@@ -269,7 +269,7 @@ pub mod event {
 
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
+    use proptest::{collection::vec, prelude::*};
     use prost::Message as _;
 
     use super::*;
@@ -299,19 +299,21 @@ mod tests {
     proptest! {
         #[test]
         fn messages_survive_any_fragmentation(
-            payloads in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..40), 0..5),
+            payloads in vec(vec(any::<u8>(), 0..40), 0..5),
             frame in 1..30usize,
             piece in 1..30usize,
         ) {
             let message = |(n, payload): (usize, Vec<u8>)| Message {
-                stream: u32::try_from(n).unwrap(), message_type: MessageType::Request, payload: payload.into(),
+                stream: u32::try_from(n).unwrap(),
+                message_type: MessageType::Request,
+                payload: payload.into(),
             };
             let messages: Vec<Message> = payloads.into_iter().enumerate().map(message).collect();
             prop_assert_eq!(transfer(&messages, frame, piece), messages);
         }
 
         #[test]
-        fn decoder_never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+        fn decoder_never_panics(bytes in vec(any::<u8>(), 0..200)) {
             let mut buffer = BytesMut::from(&bytes[..]);
             while let Ok(Some(_)) = Frame::decode(&mut buffer) {}
             let mut buffer = BytesMut::from(&bytes[..]);
