@@ -1,17 +1,19 @@
-# kube-lxcfs: one image, two commands (agent, lxcfs). `make image` builds it.
+# One image for both commands, `agent` and `lxcfs`. `make image` builds it.
 ARG RUST_IMAGE=rust:1-trixie
 ARG DEBIAN_IMAGE=debian:trixie-slim
 
 FROM ${RUST_IMAGE} AS build
-RUN command -v protoc >/dev/null || { apt-get update && apt-get install -y --no-install-recommends protobuf-compiler; }
+RUN command -v protoc >/dev/null || { apt-get update \
+    && apt-get install -y --no-install-recommends protobuf-compiler; }
 WORKDIR /src
 COPY . .
 ARG REVISION=unknown
 ENV KUBE_LXCFS_REVISION=${REVISION}
-RUN cargo build --locked --release --bin kube-lxcfs && cp target/release/kube-lxcfs /usr/local/bin/
+RUN cargo build --locked --release --bin kube-lxcfs \
+    && cp target/release/kube-lxcfs /usr/local/bin/
 
 FROM ${DEBIAN_IMAGE}
-# lxcfs and what it mounts with; its service is not started in a container.
+# The service of the package does not start in a container.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends lxcfs \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*
@@ -19,7 +21,7 @@ COPY --from=build /usr/local/bin/kube-lxcfs /usr/bin/kube-lxcfs
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="kube-lxcfs" \
-    org.opencontainers.image.description="lxcfs views in running Kubernetes containers, by annotation" \
+    org.opencontainers.image.description="lxcfs views in running Kubernetes containers" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.version="${VERSION}" \
     org.opencontainers.image.revision="${REVISION}"

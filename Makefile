@@ -1,46 +1,41 @@
-# The front door. Each target does its own set-up through hack/, on Debian and Ubuntu.
-.PHONY: demo test e2e chaos fuzz lint build image manifests bench help
+# Every target installs what it needs on Debian and Ubuntu, by the scripts in hack/.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-unit e2e chaos fuzz bench lint build image manifests
 
-help:
-	@echo "make demo   see a running container's /proc change, and back"
-	@echo "make test   all tests, against a real lxcfs, containerd, kube-apiserver and this kernel (root)"
-	@echo "make e2e    the image and the chart on a whole cluster of its own (root)"
-	@echo "make chaos  of the tests only the 200 rounds of random deaths (KUBE_LXCFS_SEED repeats one)"
-	@echo "make fuzz   a bounded run of each fuzz target (needs a nightly toolchain; FUZZ_SECONDS each)"
-	@echo "make lint   rustfmt, clippy, cargo deny, shellcheck"
-	@echo "make build  target/release/kube-lxcfs"
-	@echo "make image  the container image, with docker, podman or buildah"
-	@echo "make manifests   manifests/install.yaml from the chart"
-	@echo "make bench  what the mount driver costs beside the bare system calls (root)"
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-build:
+demo: ## watch the /proc of a running container change, and change back (root)
+	hack/demo.sh
+
+test: ## all tests, with a real lxcfs, containerd and kube-apiserver (root)
+	hack/test.sh
+
+test-unit: ## unit tests only (no root; needs cargo, a C compiler and protoc)
+	hack/test.sh --unit
+
+e2e: ## image and chart on a whole cluster on this machine (root), or on KUBECONFIG's
+	hack/e2e.sh
+
+chaos: ## only the test of 200 rounds of random failures (root; KUBE_LXCFS_SEED repeats a run)
+	hack/test.sh --test it -- --nocapture chaos
+
+fuzz: ## each fuzz target for FUZZ_SECONDS (default 30; needs a nightly toolchain)
+	hack/fuzz.sh
+
+bench: ## benchmarks of mounts, the agent, restarts and pod starts (root)
+	hack/deps.sh build demo
+	cargo bench --locked
+
+lint: ## rustfmt, clippy, fuzz crate, layers, dependencies, scripts, chart and manifests
+	hack/lint.sh
+
+build: ## target/release/kube-lxcfs
 	hack/deps.sh build
 	cargo build --locked --release
 
-demo:
-	hack/demo.sh
-
-test:
-	hack/test.sh
-
-e2e:
-	hack/e2e.sh
-
-image:
+image: ## the container image, with docker, podman or buildah
 	hack/build-image.sh
 
-manifests:
+manifests: ## manifests/install.yaml, rendered from the chart
 	hack/manifests.sh
-
-chaos:
-	hack/test.sh --test it -- --nocapture restart::whatever_dies
-
-fuzz:
-	hack/fuzz.sh
-
-lint:
-	hack/lint.sh
-
-bench:
-	hack/deps.sh build demo
-	cargo bench --locked

@@ -1,34 +1,26 @@
 #!/usr/bin/env bash
-# Builds the image from the Dockerfile with docker, podman or buildah, whichever is there.
-#   hack/build-image.sh [NAME:TAG]                  into that program's own storage
-#   hack/build-image.sh NAME:TAG ARCHIVE            as a docker-archive, with base images made on this machine
+# Builds the image from the Dockerfile with docker, podman or buildah, the first that is installed.
+#   hack/build-image.sh [NAME:TAG]        default: kube-lxcfs:VERSION
+#   hack/build-image.sh --print-args      prints the build arguments, one word a line
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . hack/lib.sh
 
-version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -1)
-name=${1:-kube-lxcfs:$version}
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 revision=$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
-args=(--build-arg "VERSION=$version" --build-arg "REVISION=$revision" -t "$name")
-
-if [ $# -ge 2 ]; then
-    hack/bases.sh
-    export STORAGE_DRIVER=vfs
-    storage=(--root "$CACHE/images/root" --runroot "$CACHE/images/run")
-    say "building $name"
-    mkdir -p "$CACHE/image-target"
-    buildah "${storage[@]}" bud --quiet --volume "$CACHE/image-target:/src/target" --isolation chroot --pull=never --layers=false --format docker "${args[@]}" . >&2
-    rm -f "$2"
-    buildah "${storage[@]}" push --quiet "$name" "docker-archive:$2:$name" >&2
-    buildah "${storage[@]}" rmi "$name" >/dev/null
+args=(--build-arg "VERSION=$version" --build-arg "REVISION=$revision")
+if [ "${1-}" = --print-args ]; then
+    printf '%s\n' "${args[@]}"
     exit
 fi
+
+name=${1:-kube-lxcfs:$version}
 if have docker && docker info >/dev/null 2>&1; then
-    docker build "${args[@]}" .
+    docker build "${args[@]}" -t "$name" .
 elif have podman; then
-    podman build "${args[@]}" .
+    podman build "${args[@]}" -t "$name" .
 elif have buildah; then
-    buildah bud "${args[@]}" .
+    buildah bud "${args[@]}" -t "$name" .
 else
-    fail "an image is built with docker, podman or buildah, and none of them is here"
+    fail "failed to build $name: no docker, podman or buildah; install one of them"
 fi

@@ -1,28 +1,48 @@
 #!/usr/bin/env bash
-# Installs from the distribution what building, testing or the demo needs and this machine lacks.
-#   hack/deps.sh build|demo|test|kubernetes|cluster|image|lint ...
-# What is there already is left as it is, whoever put it there. Services of new packages are not started.
+# Installs packages of Debian or Ubuntu whose commands are missing. Root is needed only if a command
+# is missing. Services of new packages are not started.
+#   hack/deps.sh SET...       SET: build, demo, test, kubernetes, cluster, image, lint
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
-# One line a command: the command, its package.
+# packages_of SET: prints pairs of a command and its package.
 packages_of() {
     case $1 in
-    build) echo "cc build-essential" "protoc protobuf-compiler" ;;
-    demo) echo "lxcfs lxcfs" "containerd containerd" "runc runc" "ctr containerd" "busybox busybox-static" "pgrep procps" ;;
-    test) echo "etcd etcd-server" "unshare util-linux" "openssl openssl" "kubectl kubernetes-client" "podman podman" "crun crun" ;;
-    kubernetes) echo "go golang-go" "dpkg-source dpkg-dev" "rsync rsync" "make make" ;;
-    cluster) echo "ip iproute2" "iptables iptables" "conntrack conntrack" "socat socat" "nsenter util-linux" "python3 python3" "/usr/lib/cni/bridge containernetworking-plugins" ;;
-    image) echo "buildah buildah" "mmdebstrap mmdebstrap" ;;
-    lint) echo "shellcheck shellcheck" ;;
-    *) fail "hack/deps.sh: unknown set '$1' (build, demo, test, kubernetes, cluster, image, lint)" ;;
+    build)
+        echo cc build-essential protoc protobuf-compiler
+        ;;
+    demo)
+        echo lxcfs lxcfs containerd containerd ctr containerd runc runc \
+            busybox busybox-static pgrep procps
+        ;;
+    test)
+        echo etcd etcd-server unshare util-linux openssl openssl kubectl kubernetes-client \
+            podman podman crun crun
+        ;;
+    kubernetes)
+        echo go golang-go dpkg-source dpkg-dev rsync rsync make make
+        ;;
+    cluster)
+        echo ip iproute2 iptables iptables conntrack conntrack socat socat nsenter util-linux \
+            python3 python3 /usr/lib/cni/bridge containernetworking-plugins
+        ;;
+    image)
+        echo buildah buildah mmdebstrap mmdebstrap
+        ;;
+    lint)
+        echo shellcheck shellcheck c++ build-essential
+        ;;
+    *)
+        fail "unknown set '$1'; valid sets: build, demo, test, kubernetes, cluster, image, lint"
+        ;;
     esac
 }
 
 missing=()
 for set in "$@"; do
-    # shellcheck disable=SC2046 # words are wanted: command and package in turn
-    set -- $(packages_of "$set")
+    pairs=$(packages_of "$set")
+    # shellcheck disable=SC2086 # splits into words
+    set -- $pairs
     while [ $# -gt 0 ]; do
         have "$1" || missing+=("$2")
         shift 2
@@ -30,11 +50,11 @@ for set in "$@"; do
 done
 [ ${#missing[@]} -gt 0 ] || exit 0
 
-have apt-get || fail "missing: ${missing[*]}; this is no Debian or Ubuntu, install them by hand and run it again"
+have apt-get || fail "missing: ${missing[*]}; install them by hand, there is no apt-get"
 need_root "installing ${missing[*]}"
-say "installing from the distribution: ${missing[*]}"
+say "installing ${missing[*]}"
 export DEBIAN_FRONTEND=noninteractive
-# A package's service must not start beside what runs here; Debian asks this file for leave.
+# With this file Debian starts no service of a new package.
 policy=/usr/sbin/policy-rc.d
 if [ ! -e "$policy" ]; then
     trap 'rm -f "$policy"' EXIT
@@ -44,11 +64,11 @@ fi
 log=$(mktemp)
 install() { apt-get install -y -q --no-install-recommends "${missing[@]}" >"$log" 2>&1; }
 if ! install; then
-    # Old package lists are the usual reason; a foreign list that cannot be read is none of ours.
+    # Usually the package lists are old. An update that fails for one repository is enough.
     apt-get update -q >>"$log" 2>&1 || true
-    install || {
-        tail -20 "$log" >&2
-        fail "apt-get could not install ${missing[*]} (whole output: $log)"
-    }
+    if ! install; then
+        tail -n 20 "$log" >&2
+        fail "failed to install ${missing[*]} (log: $log)"
+    fi
 fi
 rm -f "$log"

@@ -1,118 +1,158 @@
 #!/usr/bin/env bash
-# The whole thing on a whole cluster: image from the Dockerfile, helm, pods, everything that dies, uninstall.
-# On a cluster of its own, made and ended here (root). Or on the one that KUBECONFIG names, with E2E_IMAGE=REPOSITORY:TAG (and
-# E2E_IMAGE_2, another tag of it) that its nodes can pull, E2E_BUSYBOX (busybox:1), E2E_VALUES, a file of chart values, and
-# E2E_NRI=1 where its runtime has NRI; what needs a hand on the node is left out there, and told. E2E_SIZES=300 also measures memory, and CPU over so many idle seconds.
+# End-to-end test: the image, the chart, pods, restarts and failures of every component, uninstall.
+#
+# By default on a cluster that it starts and removes, as root. With E2E_IMAGE on the cluster that
+# KUBECONFIG names; steps that need access to the node are skipped there. Variables:
+#   E2E_IMAGE=REPOSITORY:TAG     the image, which the nodes can pull
+#   E2E_IMAGE_2=REPOSITORY:TAG   another tag of it, for the upgrade steps
+#   E2E_BUSYBOX=IMAGE            the image of test pods (busybox:1)
+#   E2E_VALUES=FILE              more chart values
+#   E2E_NRI=1                    the runtime has NRI
+#   E2E_PORT=PORT                the agent's HTTP port, if E2E_VALUES changes it
+#   E2E_SIZES=SECONDS            also measure memory, and CPU time in SECONDS without changes
+# shellcheck disable=SC2317,SC2329 # steps and conditions are called by name
 set -euo pipefail
-# shellcheck disable=SC2317 # functions that are called by their names
-{ # Read whole before it runs, so that it can be edited meanwhile.
 cd "$(dirname "$0")/.."
 . hack/lib.sh
 
+# ---- the cluster ------------------------------------------------------------------------------
+
 given=
 if [ -n "${E2E_IMAGE-}" ]; then
-    [ -n "${KUBECONFIG-}" ] || fail "E2E_IMAGE is for the cluster that KUBECONFIG names, which is not set"
+    [ -n "${KUBECONFIG-}" ] || fail "E2E_IMAGE needs a cluster; set KUBECONFIG"
     given=yes
-else
+elif [ "${KUBE_LXCFS_IN_NAMESPACE-}" != 1 ]; then
     need_root "a cluster"
-fi
-if [ -z "$given" ] && [ "${KUBE_LXCFS_IN_NAMESPACE-}" != 1 ]; then
     hack/deps.sh build demo test cluster image
-    hack/kubernetes.sh all >/dev/null
-    hack/debian.sh trixie containerd >/dev/null
-    hack/image.sh >/dev/null
-    hack/helm.sh >/dev/null
-    # A folder of the host is shared with pods only where the root is shared; lxcfs 6 wants to look at process 1, which some
-    # machines lock away; and whatever happens, no process survives its pid namespace.
-    exec env KUBE_LXCFS_IN_NAMESPACE=1 unshare --mount --propagation shared --pid --fork --kill-child --mount-proc "$0" "$@"
+    hack/offline/kubernetes.sh all >/dev/null
+    hack/offline/debian.sh trixie containerd >/dev/null
+    hack/offline/busybox-image.sh >/dev/null
+    hack/offline/helm.sh >/dev/null
+    # A Bidirectional volume needs a shared root mount. lxcfs 6 reads namespaces of process 1, which
+    # may be forbidden outside. All processes exit together with the pid namespace.
+    exec env KUBE_LXCFS_IN_NAMESPACE=1 unshare --mount --propagation shared \
+        --pid --fork --kill-child --mount-proc "$0" "$@"
 fi
 
-PATH="$(hack/helm.sh):$PATH"
+PATH="$(hack/offline/helm.sh):$PATH"
 dir=$(mktemp -d /tmp/kle2e.XXXXXX)
+namespace=kube-lxcfs
+host=$dir/host
 if [ -n "$given" ]; then
-    image=${E2E_IMAGE%:*} tag=${E2E_IMAGE##*:} busybox=${E2E_BUSYBOX:-busybox:1} pull=IfNotPresent
+    image=${E2E_IMAGE%:*} tag=${E2E_IMAGE##*:}
     second=${E2E_IMAGE_2:-$E2E_IMAGE} second=${second##*:}
-    nri=${E2E_NRI-}
+    busybox=${E2E_BUSYBOX:-busybox:1} pull=IfNotPresent
+    nri=${E2E_NRI-} port=${E2E_PORT:-9808}
 else
-    image=localhost/kube-lxcfs tag=e2e second=e2e-2 busybox=localhost/kube-lxcfs/busybox:1 pull=Never nri=1
-    # The image of an earlier run serves again while nothing that is in it changed.
-    inputs=$(find Dockerfile .dockerignore Cargo.toml Cargo.lock src -type f -print0 | sort -z | xargs -0 sha256sum)
-    archive="$CACHE/kube-lxcfs-$(echo "$inputs" | sha256sum | cut -c1-12).tar"
-    if [ ! -f "$archive" ]; then
-        rm -f "$CACHE"/kube-lxcfs-*.tar
-        hack/build-image.sh "$image:e2e" "$archive"
-    fi
-    host=$dir/host
+    image=localhost/kube-lxcfs tag=e2e second=e2e-2
+    busybox=$BUSYBOX_IMAGE pull=Never
+    nri=1 port= # set when the cluster starts
     export KUBECONFIG=$dir/kubeconfig
 fi
-began=$SECONDS
-result=failed
-end() {
-    if [ "$result" = failed ]; then
-        kubectl get pods -A -o wide 2>/dev/null | head -40 >&2 || true
-        kubectl -n kube-lxcfs logs -l app.kubernetes.io/component=agent --tail=25 2>/dev/null >&2 || true
-        kubectl -n kube-lxcfs logs -l app.kubernetes.io/component=lxcfs --tail=15 2>/dev/null | grep -v "^lxcfs: " >&2 || true
+values=(--namespace "$namespace" --create-namespace --wait --timeout 3m
+    --set "image.repository=$image,image.tag=$tag,image.pullPolicy=$pull"
+    --set "test.image=$busybox,test.pullPolicy=$pull,log.format=json")
+if [ -n "${E2E_VALUES-}" ]; then values+=(-f "$E2E_VALUES"); fi
+
+# the_image_builds: sets $archive. The image of an earlier run is used if no input has changed.
+the_image_builds() {
+    local inputs
+    inputs=$(find Dockerfile .dockerignore Cargo.toml Cargo.lock src -type f -print0 |
+        sort -z | xargs -0 sha256sum | sha256sum)
+    archive="$CACHE/kube-lxcfs-${inputs:0:12}.tar"
+    if [ ! -f "$archive" ]; then
+        rm -f "$CACHE"/kube-lxcfs-*.tar
+        hack/offline/build-image.sh "$image:$tag" "$archive"
     fi
+}
+
+load_image() {
+    local ctr
+    ctr=$(hack/offline/debian.sh trixie containerd)/usr/bin/ctr
+    "$ctr" -a "$dir/run/sock" -n k8s.io images import "$archive" >/dev/null
+    "$ctr" -a "$dir/run/sock" -n k8s.io images tag "$image:$tag" "$image:$second" >/dev/null
+}
+
+a_node_and_its_control_plane_start() {
+    local api
+    hack/cluster.sh up "$dir"
+    load_image
+    read -r _ api _ <"$dir/ports"
+    port=$(python3 -c 'import socket
+s = socket.socket()
+s.bind(("127.0.0.1", 0))
+print(s.getsockname()[1])')
+    # This cluster has no kube-proxy and no DNS: the agent gets the API server's address.
+    values+=(--set "hostPath=$host"
+        --set "runtime.criSocketPath=$dir/run/sock,nri.socketPath=$dir/run/nri.sock"
+        --set "agent.hostNetwork=true,agent.listenAddress=127.0.0.1,agent.port=$port"
+        --set "agent.extraEnv[0].name=KUBERNETES_SERVICE_HOST,agent.extraEnv[0].value=127.0.0.1"
+        --set "agent.extraEnv[1].name=KUBERNETES_SERVICE_PORT"
+        --set-string "agent.extraEnv[1].value=$api")
+}
+
+print_state() {
+    local component
+    kubectl get pods -A -o wide 2>/dev/null | head -n 40 || true
+    for component in agent lxcfs; do
+        kubectl -n "$namespace" logs -l "app.kubernetes.io/component=$component" --tail=40 \
+            2>/dev/null || true
+    done
+}
+
+clean_up() {
+    if [ "$result" = failed ]; then print_state >&2; fi
     if [ -n "$given" ]; then
-        helm uninstall kube-lxcfs --namespace kube-lxcfs >/dev/null 2>&1 || true
-        kubectl delete deployment before in out later away >/dev/null 2>&1 || true
+        helm uninstall kube-lxcfs --namespace "$namespace" >/dev/null 2>&1 || true
+        kubectl delete deployment before in out later without-lxcfs >/dev/null 2>&1 || true
         kubectl label namespace default kube-lxcfs.io/inject- >/dev/null 2>&1 || true
         rm -rf "$dir"
     else
         hack/cluster.sh down "$dir"
     fi
-    say "e2e: $result after $((SECONDS - began)) s"
+    say "e2e: $result after $((SECONDS - started)) s"
 }
-trap end EXIT
+started=$SECONDS
+result=failed
+trap clean_up EXIT
 trap 'exit 130' INT TERM
 
-# step WHAT
-step() { say "[$((SECONDS - began)) s] $*"; }
+# ---- steps and conditions ---------------------------------------------------------------------
+
+# step FUNCTION: runs it, and prints its name as a sentence.
+step() {
+    say "[$((SECONDS - started)) s] ${1//_/ }"
+    "$@"
+}
+
+# node_step FUNCTION: a step that needs access to the node.
+node_step() {
+    if [ -n "$given" ]; then
+        say "skipped, needs access to the node: ${1//_/ }"
+    else
+        step "$1"
+    fi
+}
+
+note() { say "    $*"; }
 
 # eventually SECONDS WHAT COMMAND...
-eventually() {
-    local n=$(($1 * 5)) what=$2
-    shift 2
-    while ! "$@" >/dev/null 2>&1; do
-        n=$((n - 1))
-        [ $n -gt 0 ] || fail "$what: not so"
-        sleep 0.2
-    done
-}
+eventually() { wait_for "$1" "${@:3}" || fail "not within $1 s: $2"; }
 
-# Reads all: a pipe that closes early fails its writer.
+# has PATTERN...: grep that reads all its input, so that the writer gets no SIGPIPE.
 has() { grep "$@" >/dev/null; }
 
-# shellcheck disable=SC2016 # the pod's shell
-mem_of() { kubectl exec "$1" -- sh -c 'read -r _ kib _ </proc/meminfo; echo $kib'; }
-own() { [ "$(mem_of "$1")" = 65536 ]; }
-foreign() {
-    local kib
-    kib=$(mem_of "$1") && [ -n "$kib" ] && [ "$kib" != 65536 ]
-}
-of_app() { kubectl get pods -l "app=$1" --field-selector=status.phase=Running -o name; }
-all() { local pod; for pod in $(of_app "$2"); do "$1" "$pod" || return 1; done; }
-errors_of() { kubectl exec "$1" -- sh -c 'wc -l </tmp/errors'; }
-errors() { local pod sum=0; for pod in $(of_app in); do sum=$((sum + $(errors_of "$pod"))); done; echo $sum; }
-forget_errors() { local pod; for pod in $(of_app in); do kubectl exec "$pod" -- sh -c ': >/tmp/errors'; done; }
-pod_of() { kubectl -n kube-lxcfs get pods -l "app.kubernetes.io/component=$1" -o name; }
-# Of all nodes' agents, summed; asked from within their pods, which needs no way from here to there.
-metric() {
-    local pod
-    for pod in $(pod_of agent); do
-        kubectl -n kube-lxcfs exec "$pod" -- bash -c "exec 3<>/dev/tcp/127.0.0.1/$port; printf 'GET /metrics HTTP/1.0\r\n\r\n' >&3; cat <&3"
-    done | awk -v name="$1" '$1 == name { n += $2; found = 1 } END { print found ? n : "none" }'
-}
-injected() { [ "$(metric 'kube_lxcfs_containers{state="injected"}')" = "$1" ]; }
-first_read() { [ -z "$nri" ] || kubectl exec "$1" -- cat /tmp/first | has " 65536 kB"; }
-installed_images() { kubectl -n kube-lxcfs get "daemonset/kube-lxcfs-$1" -o 'jsonpath={.spec.template.spec.containers[0].image}'; }
-ready() { kubectl -n kube-lxcfs rollout status "daemonset/kube-lxcfs-$1" --timeout="${2:-90s}" >/dev/null; }
+# ---- pods and their memory --------------------------------------------------------------------
 
-# deployment NAME REPLICAS ANNOTATION [SCRIPT]
+# deployment NAME REPLICAS ANNOTATION [SCRIPT]: pods with a memory limit of 64 MiB. By default each
+# pod keeps reading, and counts its failed reads.
 deployment() {
-    # Each pod reads all the while and counts what fails.
-    local reads='head -1 /proc/meminfo >/tmp/first; : >/tmp/errors; while :; do cat /proc/meminfo /proc/uptime >/dev/null 2>>/tmp/errors; sleep 0.05; done'
-    kubectl apply -f - <<EOF >/dev/null
+    local reads='head -1 /proc/meminfo >/tmp/first; : >/tmp/errors
+        while :; do
+            cat /proc/meminfo /proc/uptime >/dev/null 2>>/tmp/errors
+            sleep 0.05
+        done'
+    kubectl apply -f - <<YAML >/dev/null
 apiVersion: apps/v1
 kind: Deployment
 metadata: {name: $1}
@@ -129,250 +169,436 @@ spec:
           imagePullPolicy: $pull
           command: [sh, -c, '${4:-$reads}']
           resources: {requests: {cpu: 10m, memory: 64Mi}, limits: {cpu: 500m, memory: 64Mi}}
-EOF
+YAML
     kubectl rollout status "deployment/$1" --timeout=240s >/dev/null
 }
+opt_in='kube-lxcfs.io/inject: "true"'
 
-values=(--namespace kube-lxcfs --create-namespace --wait --timeout 3m
-    --set "image.repository=$image,image.tag=$tag,image.pullPolicy=$pull,test.image=$busybox,test.pullPolicy=$pull")
-if [ -n "${E2E_VALUES-}" ]; then values+=(-f "$E2E_VALUES"); fi
+pods_of() { kubectl get pods -l "app=$1" --field-selector=status.phase=Running -o name; }
+
+# all_pods CHECK APP: whether the app has pods, and CHECK holds for each.
+all_pods() {
+    local pod pods
+    pods=$(pods_of "$2")
+    [ -n "$pods" ] || return 1
+    for pod in $pods; do "$1" "$pod" || return 1; done
+}
+
+# shellcheck disable=SC2016 # for the shell in the pod
+memory_in() { kubectl exec "$1" -- sh -c 'read -r _ kib _ </proc/meminfo; echo $kib'; }
+sees_limit() { [ "$(memory_in "$1")" = 65536 ]; }
+sees_node() {
+    local kib
+    kib=$(memory_in "$1") && [ -n "$kib" ] && [ "$kib" != 65536 ]
+}
+# first_read_saw_limit POD: with NRI the view precedes the container's first instruction.
+first_read_saw_limit() { [ -z "$nri" ] || kubectl exec "$1" -- cat /tmp/first | has " 65536 kB"; }
+
+# read_errors: the number of failed reads in the pods of `in`.
+read_errors() {
+    local pod sum=0
+    for pod in $(pods_of in); do
+        sum=$((sum + $(kubectl exec "$pod" -- sh -c 'wc -l </tmp/errors')))
+    done
+    echo "$sum"
+}
+reset_read_errors() {
+    local pod
+    for pod in $(pods_of in); do kubectl exec "$pod" -- sh -c ': >/tmp/errors'; done
+}
+no_read_errors() {
+    local errors
+    errors=$(read_errors)
+    [ "$errors" = 0 ] || fail "$errors reads failed"
+}
+
+# has_event POD REASON WORD...: whether POD has an Event with REASON whose type, action or message
+# contains each WORD.
+has_event() {
+    local events word
+    local selector="involvedObject.name=${1#pod/},reason=$2"
+    local fields='{range .items[*]}{.type} {.action} {.message}{"\n"}{end}'
+    events=$(kubectl get events --field-selector "$selector" -o "jsonpath=$fields")
+    [ -n "$events" ] || return 1
+    for word in "${@:3}"; do has -F -- "$word" <<<"$events" || return 1; done
+}
+has_injected_event() { has_event "$1" LxcfsInjected Normal Inject app meminfo; }
+
+# ---- kube-lxcfs -------------------------------------------------------------------------------
 
 install() {
-    helm upgrade --install kube-lxcfs charts/kube-lxcfs "${values[@]}" "$@" >"$dir/helm.log" 2>&1 ||
-        fail "helm: $(tail -n 3 "$dir/helm.log")"
+    helm upgrade --install kube-lxcfs charts/kube-lxcfs "${values[@]}" "$@" \
+        >"$dir/helm.log" 2>&1 || fail "failed to install: $(tail -n 3 "$dir/helm.log")"
+}
+install_second() { install --set "image.tag=$second,lxcfs.image.tag=$second" "$@"; }
+
+component_pods() {
+    kubectl -n "$namespace" get pods -l "app.kubernetes.io/component=$1" -o name
+}
+# no_pods [COMPONENT]: no pod of it is left, or of all.
+no_pods() {
+    local pods selector=${1:+app.kubernetes.io/component=$1}
+    pods=$(kubectl -n "$namespace" get pods -l "$selector" -o name) && [ -z "$pods" ]
+}
+delete_pods() {
+    kubectl -n "$namespace" delete pod -l "app.kubernetes.io/component=$1" --wait >/dev/null
+}
+# rolled_out COMPONENT [TIMEOUT]: for the agent, its readiness probe asks /readyz.
+rolled_out() {
+    kubectl -n "$namespace" rollout status "daemonset/kube-lxcfs-$1" --timeout="${2:-90s}" \
+        >/dev/null
+}
+image_of() {
+    local field='{.spec.template.spec.containers[0].image}'
+    kubectl -n "$namespace" get "daemonset/kube-lxcfs-$1" -o "jsonpath=$field"
 }
 
-nothing_left() {
-    ! grep -q "$host" /proc/self/mountinfo || fail "a mount is left: $(grep "$host" /proc/self/mountinfo)"
-    [ ! -e "$host" ] || fail "a folder is left: $(find "$host")"
-    ! pgrep -f "[l]xcfs -f .*$host" >/dev/null || fail "a process is left: $(pgrep -af "[l]xcfs -f .*$host")"
-    local pid
-    for pid in /proc/[0-9]*; do
-        ! grep -qs "noexec,noatime.* - fuse.lxcfs " "$pid/mountinfo" || fail "a view is left in $pid: $(tr '\0' ' ' <"$pid/cmdline")"
+# http PATH: prints the responses of all agents. The requests come from within the agents' pods,
+# which need not be reachable from here.
+http() {
+    local pod request="exec 3<>/dev/tcp/127.0.0.1/$port
+        printf 'GET $1 HTTP/1.0\r\n\r\n' >&3
+        cat <&3"
+    for pod in $(component_pods agent); do
+        kubectl -n "$namespace" exec "$pod" -- bash -c "$request"
     done
 }
+# metric SERIES: the sum over all agents.
+metric() {
+    http /metrics |
+        awk -v series="$1" '$1 == series { n += $2; found = 1 } END { print found ? n : "none" }'
+}
+injected() { [ "$(metric 'kube_lxcfs_containers{state="injected"}')" = "$1" ]; }
+all_ready() { http /readyz | awk '/^HTTP/ { n++; bad += $2 != 200 } END { exit !n || bad }'; }
+status_shows_desired_views() {
+    http /status | has -F '"desired":{"files":"all","state":"injected","why":null}'
+}
+# watches_fail: whether the agent has logged an outage of a watch.
+watches_fail() {
+    kubectl -n "$namespace" logs "$(component_pods agent)" | grep '"outage":"started"' |
+        has -E '"subject":"(pods|namespaces)"'
+}
 
-if [ -n "$given" ]; then
-    port=${E2E_PORT:-9808}
-else
-    step "a node and its control plane"
-    hack/cluster.sh up "$dir"
-    read -r _ api _ _ _ _ _ <"$dir/ports"
-    port=$(python3 -c 'import socket; s=socket.socket(); s.bind(("127.0.0.1",0)); print(s.getsockname()[1])')
-    # There is neither kube-proxy nor DNS here.
-    values+=(--set "hostPath=$host,runtime.criSocketDir=$dir/run,nri.socketDir=$dir/run"
-        --set "agent.hostNetwork=true,agent.listenAddress=127.0.0.1,agent.port=$port"
-        --set "agent.extraEnv[0].name=KUBERNETES_SERVICE_HOST,agent.extraEnv[0].value=127.0.0.1"
-        --set-string "agent.extraEnv[1].name=KUBERNETES_SERVICE_PORT,agent.extraEnv[1].value=$api")
-    ctr=$(hack/debian.sh trixie containerd)/usr/bin/ctr
-    "$ctr" -a "$dir/run/containerd.sock" -n k8s.io images import "$archive" >/dev/null
-    "$ctr" -a "$dir/run/containerd.sock" -n k8s.io images tag "$image:e2e" "$image:e2e-2" >/dev/null
-fi
-
-step "helm install"
-deployment before 1 'kube-lxcfs.io/inject: "true"'
-install
-ready agent
-ready lxcfs
-
-step "pods that opt in see their own memory, others the node's"
-deployment in 3 'kube-lxcfs.io/inject: "true"'
-deployment out 2 ''
-eventually 20 "3 pods see their own" all own in
-eventually 20 "a pod from before the installation sees its own" all own before
-all foreign out || fail "a pod that did not opt in sees something else than the node's"
-for pod in $(of_app in); do
-    first_read "$pod" || fail "$pod: the first read was not its own: NRI is on"
-done
-eventually 10 "the Event" sh -c "kubectl describe pods -l app=in | grep -q 'LxcfsInjected.*view put into app'"
-eventually 10 "metrics agree" injected 4
-[ "$(metric kube_lxcfs_lxcfs_up)" -ge 1 ] || fail "lxcfs_up is $(metric kube_lxcfs_lxcfs_up)"
-
-step "annotations and labels of running pods"
-out=$(of_app out | sed -n 1p)
-kubectl annotate "$out" kube-lxcfs.io/inject=true >/dev/null
-eventually 5 "annotated: its own" own "$out"
-kubectl annotate "$out" kube-lxcfs.io/inject- >/dev/null
-eventually 5 "annotation away: the node's" foreign "$out"
-kubectl label namespace default kube-lxcfs.io/inject=true >/dev/null
-eventually 5 "namespace labelled: its own" all own out
-kubectl label namespace default kube-lxcfs.io/inject- >/dev/null
-eventually 5 "label away: the node's" all foreign out
-kubectl annotate "$out" kube-lxcfs.io/inject=yes >/dev/null
-eventually 5 "a warning names the annotation" sh -c "kubectl describe $out | grep -q \"LxcfsInvalidAnnotation.*'yes' is not understood\""
-kubectl annotate "$out" kube-lxcfs.io/inject- >/dev/null
-
-step "helm test"
-helm test kube-lxcfs --namespace kube-lxcfs >"$dir/helm.log" 2>&1 || fail "helm test: $(cat "$dir/helm.log")"
-kubectl -n kube-lxcfs delete pod kube-lxcfs-test >/dev/null
-
-step "the agent's pod is deleted: no view changes"
-forget_errors
-kubectl -n kube-lxcfs delete pod -l app.kubernetes.io/component=agent >/dev/null
-ready agent
-all own in || fail "a view changed"
-[ "$(errors)" = 0 ] || fail "$(errors) errors"
-
-step "the lxcfs pod is deleted: no error, and views return"
-kubectl -n kube-lxcfs delete pod -l app.kubernetes.io/component=lxcfs >/dev/null
-ready lxcfs
-eventually 20 "views are back" all own in
-[ "$(errors)" = 0 ] || fail "$(errors) errors"
-
-if [ -z "$given" ]; then
-    step "lxcfs is killed: views return by themselves"
-    pkill -KILL -f "lxcfs -f .*$host"
-    eventually 10 "views are back" all own in
-    step "    $(errors) reads in 3 pods failed"
-    forget_errors
-fi
-
-step "the agent is upgraded: lxcfs stays as it is"
-lxcfs_pod=$(pod_of lxcfs)
-install --set "image.tag=$second,lxcfs.image.tag=$tag"
-ready agent
-[ "$(installed_images agent)" = "$image:$second" ] || fail "the agent runs $(installed_images agent)"
-[ "$(pod_of lxcfs)" = "$lxcfs_pod" ] || fail "lxcfs was replaced too"
-all own in || fail "a view changed"
-[ "$(errors)" = 0 ] || fail "$(errors) errors"
-
-step "lxcfs is upgraded"
-install --set "image.tag=$second,lxcfs.image.tag=$second"
-ready lxcfs
-eventually 20 "views are back" all own in
-[ "$(errors)" = 0 ] || fail "$(errors) errors"
-
-if [ -z "$given" ]; then
-    step "containerd and kubelet restart"
-    hack/cluster.sh stop "$dir" containerd
-    hack/cluster.sh stop "$dir" kubelet
+node_is_ready() { kubectl get nodes | has ' Ready'; }
+restart_node() {
     hack/cluster.sh start "$dir" containerd
     hack/cluster.sh start "$dir" kubelet
-    eventually 60 "the node is ready" sh -c "kubectl get nodes | grep -q ' Ready'"
-    eventually 30 "pods can be entered" all own in
-    [ "$(errors)" = 0 ] || fail "$(errors) errors"
-fi
-deployment later 1 'kube-lxcfs.io/inject: "true"'
-eventually 10 "a pod from after the restart" all own later
-first_read "$(of_app later)" || fail "NRI did not come back"
+    eventually 90 "the node is ready" node_is_ready
+}
 
-step "pods made while lxcfs is away start, and get their view later"
-kubectl -n kube-lxcfs patch daemonset kube-lxcfs-lxcfs -p '{"spec":{"template":{"spec":{"nodeSelector":{"none":"such"}}}}}' >/dev/null
-eventually 60 "lxcfs is away" sh -c "! kubectl -n kube-lxcfs get pods -l app.kubernetes.io/component=lxcfs --no-headers 2>/dev/null | grep -q ."
-deployment away 1 'kube-lxcfs.io/inject: "true"'
-all foreign away || fail "a view without lxcfs"
-kubectl -n kube-lxcfs patch daemonset kube-lxcfs-lxcfs --type=json -p '[{"op":"remove","path":"/spec/template/spec/nodeSelector"}]' >/dev/null
-ready lxcfs
-eventually 40 "it got its view" all own away
-eventually 10 "all others too" all own in
+# ---- the steps --------------------------------------------------------------------------------
 
-if [ -n "$given" ]; then
-    helm uninstall kube-lxcfs --namespace kube-lxcfs --wait >/dev/null
-    eventually 60 "no view is left" all foreign in
-    step "left out on a cluster that is not ours: killing lxcfs, restarts, reboot, least privileges, sizes, what the host keeps"
-    result=passed
-    exit
-fi
+helm_installs_the_chart() {
+    deployment before 1 "$opt_in"
+    install
+    rolled_out agent
+    rolled_out lxcfs
+}
 
-step "the node reboots: everything is killed, mounts are gone, the same pods start again"
-hack/cluster.sh stop "$dir" kubelet
-hack/cluster.sh reboot "$dir"
-hack/cluster.sh start "$dir" containerd
-hack/cluster.sh start "$dir" kubelet
-eventually 90 "the node is ready" sh -c "kubectl get nodes | grep -q ' Ready'"
-eventually 90 "pods are up and see their own" sh -c "[ \$(kubectl get pods -l app=in --no-headers | grep -c Running) = 3 ]"
-eventually 60 "views are back" all own in
-all foreign out || fail "a pod that did not opt in sees something else than the node's"
+pods_that_opt_in_see_their_limit_and_others_the_node() {
+    local pod
+    deployment in 3 "$opt_in"
+    deployment out 2 ''
+    eventually 20 "3 pods see their limit" all_pods sees_limit in
+    eventually 20 "a pod older than the installation sees its limit" all_pods sees_limit before
+    all_pods sees_node out || fail "a pod that did not opt in has a view"
+    for pod in $(pods_of in); do
+        first_read_saw_limit "$pod" || fail "$pod: the first read saw the node, despite NRI"
+    done
+    eventually 10 "each pod has an Event" all_pods has_injected_event in
+}
 
-# Whether all of it works: ready, in time for the first instruction, by label, with an Event.
-works() {
-    ready agent 15s 2>/dev/null || return 1
+metrics_and_status_agree() {
+    eventually 10 "4 containers are injected" injected 4
+    [ "$(metric kube_lxcfs_lxcfs_up)" -ge 1 ] || fail "lxcfs_up: $(metric kube_lxcfs_lxcfs_up)"
+    all_ready || fail "an agent is not ready: $(http /readyz)"
+    status_shows_desired_views || fail "/status shows no desired view: $(http /status)"
+}
+
+annotations_and_labels_of_running_pods_take_effect() {
+    local pod
+    pod=$(pods_of out | sed -n 1p)
+    kubectl annotate "$pod" kube-lxcfs.io/inject=true >/dev/null
+    eventually 5 "the annotated pod sees its limit" sees_limit "$pod"
+    kubectl annotate "$pod" kube-lxcfs.io/inject- >/dev/null
+    eventually 5 "the pod without annotation sees the node" sees_node "$pod"
+    kubectl label namespace default kube-lxcfs.io/inject=true >/dev/null
+    eventually 5 "pods of the labelled namespace see their limit" all_pods sees_limit out
+    kubectl label namespace default kube-lxcfs.io/inject- >/dev/null
+    eventually 5 "pods of the namespace without label see the node" all_pods sees_node out
+}
+
+an_invalid_annotation_is_reported_on_the_pod() {
+    local pod
+    pod=$(pods_of out | sed -n 1p)
+    kubectl annotate "$pod" kube-lxcfs.io/inject=yes >/dev/null
+    eventually 5 "a Warning names the annotation, its value and valid values" \
+        has_event "$pod" LxcfsInvalidAnnotation Warning kube-lxcfs.io/inject "'yes'" "'true'"
+    kubectl annotate "$pod" kube-lxcfs.io/inject- >/dev/null
+}
+
+helm_test_passes() {
+    helm test kube-lxcfs --namespace "$namespace" >"$dir/helm.log" 2>&1 ||
+        fail "helm test: $(cat "$dir/helm.log")"
+    kubectl -n "$namespace" delete pod kube-lxcfs-test >/dev/null
+}
+
+views_outlive_the_agents_pod() {
+    reset_read_errors
+    delete_pods agent
+    rolled_out agent
+    all_pods sees_limit in || fail "a pod lost its view"
+    no_read_errors
+}
+
+deleting_the_lxcfs_pod_fails_no_read() {
+    delete_pods lxcfs
+    rolled_out lxcfs
+    eventually 20 "all views are back" all_pods sees_limit in
+    no_read_errors
+}
+
+views_return_after_lxcfs_is_killed() {
+    pkill -KILL -f "lxcfs -f .*$host"
+    eventually 10 "all views are back" all_pods sees_limit in
+    note "$(read_errors) reads in 3 pods failed"
+    reset_read_errors
+}
+
+an_upgrade_of_the_agent_leaves_lxcfs_as_it_is() {
+    local before
+    before=$(component_pods lxcfs)
+    install --set "image.tag=$second,lxcfs.image.tag=$tag"
+    rolled_out agent
+    [ "$(image_of agent)" = "$image:$second" ] || fail "the agent runs $(image_of agent)"
+    [ "$(component_pods lxcfs)" = "$before" ] || fail "the lxcfs pod was replaced"
+    all_pods sees_limit in || fail "a pod lost its view"
+    no_read_errors
+}
+
+an_upgrade_of_lxcfs_fails_no_read() {
+    install_second
+    rolled_out lxcfs
+    eventually 20 "all views are back" all_pods sees_limit in
+    no_read_errors
+}
+
+views_outlive_restarts_of_containerd_and_kubelet() {
+    hack/cluster.sh stop "$dir" containerd
+    hack/cluster.sh stop "$dir" kubelet
+    restart_node
+    eventually 30 "all pods see their limit" all_pods sees_limit in
+    no_read_errors
+}
+
+new_pods_get_views_in_time() {
+    deployment later 1 "$opt_in"
+    eventually 10 "the new pod sees its limit" all_pods sees_limit later
+    all_pods first_read_saw_limit later || fail "the first read saw the node, despite NRI"
+}
+
+pods_start_without_lxcfs_and_get_views_later() {
+    local lxcfs=daemonset/kube-lxcfs-lxcfs
+    kubectl -n "$namespace" patch "$lxcfs" --type=merge \
+        -p '{"spec":{"template":{"spec":{"nodeSelector":{"none":"such"}}}}}' >/dev/null
+    eventually 60 "the lxcfs pods are gone" no_pods lxcfs
+    deployment without-lxcfs 1 "$opt_in"
+    all_pods sees_node without-lxcfs || fail "a pod has a view without lxcfs"
+    kubectl -n "$namespace" patch "$lxcfs" --type=json \
+        -p '[{"op":"remove","path":"/spec/template/spec/nodeSelector"}]' >/dev/null
+    rolled_out lxcfs
+    eventually 40 "the new pod sees its limit" all_pods sees_limit without-lxcfs
+    eventually 10 "all other pods too" all_pods sees_limit in
+}
+
+three_pods_run() { [ "$(kubectl get pods -l app=in --no-headers | grep -c Running)" = 3 ]; }
+
+views_return_after_a_reboot_of_the_node() {
+    hack/cluster.sh stop "$dir" kubelet
+    hack/cluster.sh reboot "$dir"
+    restart_node
+    eventually 90 "3 pods run" three_pods_run
+    eventually 60 "all views are back" all_pods sees_limit in
+    all_pods sees_node out || fail "a pod that did not opt in has a view"
+}
+
+without_nri_and_runtime_events_the_watch_suffices() {
+    local pod
+    # shellcheck disable=SC2016 # for the shell in the pod
+    local script='n=0
+        until grep "^MemTotal: *65536 kB" /proc/meminfo; do usleep 10000; n=$((n + 1)); done
+        echo $n >/tmp/late
+        sleep 1000000'
+    install_second --set nri.mode=off,runtime.events=off
+    rolled_out agent
+    deployment late 3 "$opt_in" "$script"
+    eventually 30 "3 pods see their limit" all_pods sees_limit late
+    for pod in $(pods_of late); do
+        note "view after the start: about $(kubectl exec "$pod" -- cat /tmp/late)0 ms"
+    done
+    kubectl delete deployment late --wait >/dev/null
+    install_second
+    rolled_out agent
+}
+
+# agent_works: whether the agent is ready, injects a new pod's view before the first instruction,
+# publishes an Event, and can watch. Without a watch it would list again and again.
+agent_works() {
+    local pod
+    rolled_out agent 15s 2>/dev/null || return 1
     kubectl delete pod -l app=later --grace-period=0 --force >/dev/null 2>&1
     kubectl rollout status deployment/later --timeout=30s >/dev/null 2>&1 || return 1
-    local pod
-    pod=$(of_app later | sed -n 1p)
-    (eventually 5 "a view" own "$pod") 2>/dev/null || return 1
-    first_read "$pod" || return 1
-    (eventually 5 "an Event" sh -c "kubectl describe $pod | grep -q LxcfsInjected") 2>/dev/null || return 1
-    # Without a watch it lists again and again, which is no way to live.
-    ! kubectl -n kube-lxcfs logs "$(pod_of agent)" | has "cannot be watched"
+    pod=$(pods_of later | sed -n 1p)
+    wait_for 5 sees_limit "$pod" || return 1
+    first_read_saw_limit "$pod" || return 1
+    wait_for 5 has_event "$pod" LxcfsInjected || return 1
+    ! watches_fail
 }
 
-# without WHAT PATCH: the agent as it is, but for that.
-without() {
-    kubectl -n kube-lxcfs patch daemonset kube-lxcfs-agent --type=json -p "$2" >/dev/null
-    if works; then fail "the agent works without $1: it is not needed, and goes"; fi
-    kubectl -n kube-lxcfs rollout undo daemonset/kube-lxcfs-agent >/dev/null 2>&1
+needed() { fail "the agent works without $1; remove it from the chart"; }
+
+# needs WHAT PATH: removes PATH from the agent's DaemonSet, and expects that the agent fails.
+needs() {
+    local agent=daemonset/kube-lxcfs-agent
+    kubectl -n "$namespace" patch "$agent" --type=json \
+        -p "[{\"op\":\"remove\",\"path\":\"/spec/template/spec/$2\"}]" >/dev/null
+    if agent_works; then needed "$1"; fi
+    kubectl -n "$namespace" rollout undo "$agent" >/dev/null 2>&1
 }
 
-without_rule() {
+# needs_rule WHAT PATCH: the same for the agent's ClusterRole.
+needs_rule() {
     local rules
     rules=$(kubectl get clusterrole kube-lxcfs -o 'jsonpath={.rules}')
-    kubectl patch clusterrole kube-lxcfs --type=json -p "$2" >/dev/null
-    kubectl -n kube-lxcfs delete pod -l app.kubernetes.io/component=agent --wait >/dev/null
-    if works; then fail "the agent works without $1: it is not needed, and goes"; fi
+    kubectl patch clusterrole kube-lxcfs --type=json -p "[$2]" >/dev/null
+    delete_pods agent
+    if agent_works; then needed "$1"; fi
     kubectl patch clusterrole kube-lxcfs --type=merge -p "{\"rules\":$rules}" >/dev/null
-    kubectl -n kube-lxcfs delete pod -l app.kubernetes.io/component=agent --wait >/dev/null
+    delete_pods agent
 }
 
-step "without NRI and events, as with containerd 1.6: the watch of the pods brings the view"
-install --set "image.tag=$second,lxcfs.image.tag=$second,nri.mode=off,runtime.events=off"
-ready agent
-# shellcheck disable=SC2016 # the pod's shell
-deployment late 3 'kube-lxcfs.io/inject: "true"' 'n=0; until grep "^MemTotal: *65536 kB" /proc/meminfo; do usleep 10000; n=$((n + 1)); done; echo $n >/tmp/late; sleep 1000000'
-eventually 30 "they get their view" all own late
-for pod in $(of_app late); do
-    step "    view after the start: about $(kubectl exec "$pod" -- cat /tmp/late)0 ms"
-done
-kubectl delete deployment late --wait >/dev/null
-install --set "image.tag=$second,lxcfs.image.tag=$second"
-ready agent
+replace_in_first_rule() {
+    printf '{"op":"replace","path":"/rules/0/%s","value":["%s"]}' "$1" "$2"
+}
 
-step "the agent has the least: each thing that it may is taken away in turn"
-works || fail "it does not work to begin with"
-container=/spec/template/spec/containers/0
-caps=$container/securityContext/capabilities/add
-without SYS_ADMIN "[{\"op\":\"remove\",\"path\":\"$caps/0\"}]"
-without SYS_CHROOT "[{\"op\":\"remove\",\"path\":\"$caps/1\"}]"
-without SYS_PTRACE "[{\"op\":\"remove\",\"path\":\"$caps/2\"}]"
-without hostPID '[{"op":"remove","path":"/spec/template/spec/hostPID"}]'
-without "lxcfs's volume" "[{\"op\":\"remove\",\"path\":\"$container/volumeMounts/0\"}]"
-without "the CRI socket" "[{\"op\":\"remove\",\"path\":\"$container/volumeMounts/1\"}]"
-without "the NRI socket" "[{\"op\":\"remove\",\"path\":\"$container/volumeMounts/2\"}]"
-without_rule "pods" '[{"op":"replace","path":"/rules/0/resources","value":["namespaces"]}]'
-without_rule "namespaces" '[{"op":"replace","path":"/rules/0/resources","value":["pods"]}]'
-without_rule "list" '[{"op":"replace","path":"/rules/0/verbs","value":["watch"]}]'
-without_rule "watch" '[{"op":"replace","path":"/rules/0/verbs","value":["list"]}]'
-without_rule "events" '[{"op":"remove","path":"/rules/1"}]'
-ready agent
+each_privilege_of_the_agent_is_needed() {
+    local container=containers/0
+    local capabilities="$container"/securityContext/capabilities/add
+    agent_works || fail "the agent does not work with all its privileges"
+    needs SYS_ADMIN "$capabilities"/0
+    needs SYS_CHROOT "$capabilities"/1
+    needs SYS_PTRACE "$capabilities"/2
+    needs hostPID hostPID
+    needs "the volume of lxcfs" "$container"/volumeMounts/0
+    needs "the CRI socket" "$container"/volumeMounts/1
+    needs "the NRI socket" "$container"/volumeMounts/2
+    needs_rule "access to pods" "$(replace_in_first_rule resources namespaces)"
+    needs_rule "access to namespaces" "$(replace_in_first_rule resources pods)"
+    needs_rule "the verb list" "$(replace_in_first_rule verbs watch)"
+    needs_rule "the verb watch" "$(replace_in_first_rule verbs list)"
+    needs_rule "access to events" '{"op":"remove","path":"/rules/1"}'
+    rolled_out agent
+}
 
-if [ -n "${E2E_SIZES-}" ]; then
-    # Of a process and its children: resident memory in KiB, and CPU time in ticks.
-    rss_of() { for p in $1 $(pgrep -P "$1"); do awk '/^VmRSS:/ { print $2 }' "/proc/$p/status"; done | awk '{ n += $1 } END { print n }'; }
-    cpu_of() { for p in $1 $(pgrep -P "$1"); do awk '{ print $14 + $15 }' "/proc/$p/stat"; done | awk '{ n += $1 } END { print n }'; }
-    step "sizes, with 100 pods that have a view and do nothing"
+# Of a process and its children: resident memory in KiB, and CPU time in ticks of 10 ms.
+rss_of() {
+    local pid
+    for pid in $1 $(pgrep -P "$1"); do awk '/^VmRSS:/ { print $2 }' "/proc/$pid/status"; done |
+        awk '{ n += $1 } END { print n }'
+}
+cpu_of() {
+    local pid
+    for pid in $1 $(pgrep -P "$1"); do awk '{ print $14 + $15 }' "/proc/$pid/stat"; done |
+        awk '{ n += $1 } END { print n }'
+}
+
+sizes_with_100_idle_pods_that_have_views() {
+    local agent supervisor before after
     kubectl delete deployment --all --wait >/dev/null
-    deployment many 100 'kube-lxcfs.io/inject: "true"' "sleep 1000000"
-    eventually 120 "all have their view" injected 100
-    agent=$(pgrep -f '^/usr/bin/kube-lxcfs agent') supervisor=$(pgrep -f '^/usr/bin/kube-lxcfs lxcfs')
+    deployment many 100 "$opt_in" "sleep 1000000"
+    eventually 120 "100 containers are injected" injected 100
+    agent=$(pgrep -f '^/usr/bin/kube-lxcfs agent')
+    supervisor=$(pgrep -f '^/usr/bin/kube-lxcfs lxcfs')
     sleep 20
     before=("$(cpu_of "$agent")" "$(cpu_of "$supervisor")")
     sleep "$E2E_SIZES"
     after=("$(cpu_of "$agent")" "$(cpu_of "$supervisor")")
-    step "    image $(($(stat -c %s "$archive") >> 20)) MiB as an archive; agent $(rss_of "$agent") KiB, lxcfs and its supervisor $(rss_of "$supervisor") KiB resident"
-    step "    CPU in $E2E_SIZES s: agent $((after[0] - before[0]))0 ms, lxcfs and its supervisor $((after[1] - before[1]))0 ms"
+    note "image: $(($(stat -c %s "$archive") >> 20)) MiB as an archive"
+    note "resident memory: agent $(rss_of "$agent") KiB," \
+        "lxcfs and its supervisor $(rss_of "$supervisor") KiB"
+    note "CPU time in $E2E_SIZES s: agent $((after[0] - before[0]))0 ms," \
+        "lxcfs and its supervisor $((after[1] - before[1]))0 ms"
     kubectl delete deployment many --wait >/dev/null
-    deployment in 3 'kube-lxcfs.io/inject: "true"'
-fi
-
-step "helm uninstall leaves nothing; ten times"
-for n in 1 2 3 4 5 6 7 8 9 10; do
-    helm uninstall kube-lxcfs --namespace kube-lxcfs --wait >/dev/null
-    eventually 60 "pods are gone" sh -c "! kubectl -n kube-lxcfs get pods --no-headers 2>/dev/null | grep -q ."
-    all foreign in || fail "a pod sees something else than the node's after the uninstallation"
-    nothing_left
-    [ "$n" = 10 ] || { install && eventually 20 "views are back" all own in; }
-done
-result=passed
-exit
+    deployment in 3 "$opt_in"
 }
+
+# nothing_left: no mount, file, process or view on the node.
+nothing_left() {
+    local pid
+    ! has "$host" /proc/self/mountinfo ||
+        fail "a mount is left: $(grep "$host" /proc/self/mountinfo)"
+    [ ! -e "$host" ] || fail "a directory is left: $(find "$host")"
+    ! pgrep -f "[l]xcfs -f .*$host" >/dev/null ||
+        fail "a process is left: $(pgrep -af "[l]xcfs -f .*$host")"
+    for pid in /proc/[0-9]*; do
+        ! has -s "noexec,noatime.* - fuse.lxcfs " "$pid/mountinfo" ||
+            fail "a view is left in $pid: $(tr '\0' ' ' <"$pid/cmdline")"
+    done
+}
+
+uninstall() {
+    helm uninstall kube-lxcfs --namespace "$namespace" --wait >/dev/null
+    eventually 60 "all pods are gone" no_pods
+}
+
+uninstall_leaves_nothing_ten_times() {
+    local n
+    for n in {1..10}; do
+        uninstall
+        all_pods sees_node in || fail "a pod has a view after the uninstallation"
+        nothing_left
+        if [ "$n" -lt 10 ]; then
+            install
+            eventually 20 "all views are back" all_pods sees_limit in
+        fi
+    done
+}
+
+uninstall_removes_every_view() {
+    uninstall
+    eventually 60 "all pods see the node" all_pods sees_node in
+}
+
+main() {
+    if [ -z "$given" ]; then
+        step the_image_builds
+        step a_node_and_its_control_plane_start
+    fi
+    step helm_installs_the_chart
+    step pods_that_opt_in_see_their_limit_and_others_the_node
+    step metrics_and_status_agree
+    step annotations_and_labels_of_running_pods_take_effect
+    step an_invalid_annotation_is_reported_on_the_pod
+    step helm_test_passes
+    step views_outlive_the_agents_pod
+    step deleting_the_lxcfs_pod_fails_no_read
+    node_step views_return_after_lxcfs_is_killed
+    step an_upgrade_of_the_agent_leaves_lxcfs_as_it_is
+    step an_upgrade_of_lxcfs_fails_no_read
+    node_step views_outlive_restarts_of_containerd_and_kubelet
+    step new_pods_get_views_in_time
+    step pods_start_without_lxcfs_and_get_views_later
+    node_step views_return_after_a_reboot_of_the_node
+    node_step without_nri_and_runtime_events_the_watch_suffices
+    node_step each_privilege_of_the_agent_is_needed
+    if [ -n "${E2E_SIZES-}" ]; then node_step sizes_with_100_idle_pods_that_have_views; fi
+    if [ -n "$given" ]; then
+        step uninstall_removes_every_view
+    else
+        step uninstall_leaves_nothing_ten_times
+    fi
+    result=passed
+}
+
+# One line: bash has then read the whole file, which may change while the test runs.
+main; exit

@@ -1,24 +1,43 @@
 #!/usr/bin/env bash
-# rustfmt, clippy, cargo deny, shellcheck: all clean, or a failure.
+# Static checks. Stops at the first that fails.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . hack/lib.sh
 
-# Built once into the cache where it is not installed.
-deny() {
-    if have cargo-deny; then return; fi
-    if [ ! -x "$CACHE/tools/bin/cargo-deny" ]; then
-        say "building cargo-deny, once"
-        cargo install --quiet --locked --root "$CACHE/tools" cargo-deny
+check_line_width() {
+    local wide
+    wide=$(find Makefile .ci src tests benches fuzz/fuzz_targets hack -type f \
+        \( -name '*.rs' -o -name '*.sh' -o -name Makefile -o -name run \) -print0 |
+        LC_ALL=C.UTF-8 xargs -0 grep -HnE '^.{101}' | cut -d: -f1,2 || true)
+    [ -z "$wide" ] || fail "lines over 100 columns:"$'\n'"$wide"
+}
+
+# The advisory database is a git repository, which not every machine reaches.
+check_advisories() {
+    local log
+    log=$(mktemp)
+    if timeout 120 cargo deny fetch db >"$log" 2>&1; then
+        cargo deny --log-level error check --disable-fetch advisories
+    else
+        say "advisories not checked: failed to fetch the advisory database (log: $log)"
     fi
 }
 
 hack/deps.sh build lint
-locked tools deny
-PATH="$PATH:$CACHE/tools/bin"
+locked tools cargo_tool deny
+PATH="$(hack/offline/helm.sh):$PATH:$CACHE/tools/bin"
+say "scripts"
+shellcheck -x hack/*.sh hack/offline/*.sh .ci/run
+check_line_width
+say "Rust"
 cargo fmt --check
+cargo fmt --check --manifest-path fuzz/Cargo.toml
+hack/check-layers.sh
 cargo clippy --locked --all-targets -- -D warnings
+cargo check --locked --quiet --manifest-path fuzz/Cargo.toml --target-dir target/fuzz
+say "dependencies"
 cargo deny --log-level error check bans licenses sources
-shellcheck -x hack/*.sh .ci/run
+check_advisories
+say "chart and manifests"
+helm lint --strict --quiet charts/kube-lxcfs
 hack/manifests.sh --check
-PATH="$(hack/helm.sh):$PATH" helm lint --strict --quiet charts/kube-lxcfs

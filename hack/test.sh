@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
-# All tests, with everything they need. Arguments go to `cargo test`, as in: hack/test.sh --test it -- isolation
+# Runs the tests, after installing everything that they need. Needs root.
+#   hack/test.sh [ARGUMENT of cargo test]...     as in: hack/test.sh --test it -- isolation
+#   hack/test.sh --unit                          unit tests only, without root
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . hack/lib.sh
 
-need_root "testing (it mounts, and runs containers)"
-hack/deps.sh build demo test
-hack/image.sh >/dev/null
-# Runtimes with NRI, of both generations.
-hack/debian.sh trixie containerd >/dev/null
-hack/debian.sh sid containerd >/dev/null
-hack/helm.sh >/dev/null
-KUBEBUILDER_ASSETS=$(hack/kubernetes.sh)
-export KUBEBUILDER_ASSETS
 export RUST_BACKTRACE=${RUST_BACKTRACE:-0}
+if [ "${1-}" = --unit ]; then
+    hack/deps.sh build
+    exec cargo test --locked --lib --bins "${@:2}"
+fi
+need_root "testing (the tests mount file systems and run containers)"
+hack/deps.sh build demo test
+hack/offline/busybox-image.sh >/dev/null
+# A containerd 1.7 and a 2.x, for NRI.
+hack/offline/debian.sh trixie containerd >/dev/null
+hack/offline/debian.sh sid containerd >/dev/null
+hack/offline/helm.sh >/dev/null
+KUBEBUILDER_ASSETS=$(hack/offline/kubernetes.sh)
+export KUBEBUILDER_ASSETS
 cargo test --locked "$@"
