@@ -182,7 +182,8 @@ pub struct AgentArgs {
     /// Inject by default unless an annotation or label opts out.
     #[arg(long, env = "KUBE_LXCFS_INJECT_BY_DEFAULT")]
     pub inject_by_default: bool,
-    /// Also keep pod-provided lxcfs files current, for example from an admission webhook's volumes.
+    /// Also keep pod-provided lxcfs files current, for example from an admission webhook's
+    /// volumes.
     #[arg(long, env = "KUBE_LXCFS_ADOPT")]
     pub adopt: bool,
     /// Number of threads that mount [default: one per CPU, at most 4].

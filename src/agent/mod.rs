@@ -7,7 +7,6 @@ pub mod state;
 
 use std::{
     collections::BTreeSet,
-    path::PathBuf,
     sync::{Arc, Weak},
     time::{Duration, Instant},
 };
@@ -22,7 +21,7 @@ use self::{
     state::{Actions, Completion, State},
 };
 use crate::{
-    lxcfs::{self, Change, Finder, Watcher},
+    lxcfs::{self, Change, Finder},
     model::{
         container_id::ContainerId,
         pod::{Trigger, Update},
@@ -56,7 +55,7 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(1);
 pub struct Dependencies {
     pub workers: Workers,
     pub runtime: Runtime,
-    pub lxcfs_path: PathBuf,
+    pub finder: Finder,
     pub events: Events,
     pub state: State,
     /// Pod-provided lxcfs files are kept current too.
@@ -68,6 +67,7 @@ pub struct Dependencies {
 #[derive(Debug)]
 pub struct Inputs {
     pub updates: mpsc::Receiver<Update>,
+    pub lxcfs_changes: mpsc::Receiver<Change>,
     pub blocked_starts: mpsc::Receiver<BlockedStart>,
     pub snapshot_requests: mpsc::Receiver<SnapshotRequest>,
 }
@@ -80,7 +80,6 @@ enum Message {
         generation: u64,
         found: Result<Arc<LxcfsFiles>, lxcfs::Error>,
     },
-    LxcfsChanged(Change),
     /// [`SUPERVISOR_SWEEP_GRACE`] has passed.
     SweepDue(Dev),
     SweepFinished,
@@ -95,16 +94,14 @@ enum Message {
 /// Runs until SIGTERM or SIGINT. Views are left in place.
 ///
 /// # Errors
-/// Fails if signals or the mount table cannot be watched, or the watch of lxcfs stops.
+/// Those of sigaction(2).
 pub async fn run(dependencies: Dependencies, inputs: Inputs) -> std::io::Result<()> {
-    let Inputs { mut updates, mut blocked_starts, mut snapshot_requests } = inputs;
+    let Inputs { mut updates, mut lxcfs_changes, mut blocked_starts, mut snapshot_requests } =
+        inputs;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (tx, mut rx) = mpsc::channel(MAX_CONCURRENT);
-    let finder = Finder::new(&dependencies.lxcfs_path);
-    let watcher = Watcher::new(finder.clone(), dependencies.workers.clone())?;
-    let mut watching = tokio::spawn(forward_lxcfs_changes(watcher, tx.clone()));
-    let mut agent = Agent::new(dependencies, finder, tx);
+    let mut agent = Agent::new(dependencies, tx);
     // An lxcfs may have exited while no agent ran.
     agent.sweep_dead();
     let mut resync = tokio::time::interval_at((Instant::now() + RESYNC).into(), RESYNC);
@@ -129,19 +126,12 @@ pub async fn run(dependencies: Dependencies, inputs: Inputs) -> std::io::Result<
             }
             Some(request) = snapshot_requests.recv() => drop(request.send(agent.snapshot())),
             Some(update) = updates.recv() => agent.state.update(update, Instant::now()),
+            Some(change) = lxcfs_changes.recv() => agent.lxcfs_changed(change),
             Some(message) = rx.recv() => agent.handle(message),
             () = timer => {}
-            stopped = &mut watching => {
-                let why = stopped.err().map_or("it returned".to_owned(), |e| e.to_string());
-                return Err(std::io::Error::other(format!(
-                    "the watch of lxcfs stopped: {why}; \
-                     this is a bug: open an issue with the agent's log"
-                )));
-            }
             _ = resync.tick() => agent.state.resync(),
         }
     }
-    watching.abort();
     tracing::info!("shutting down; views are left in place");
     let drain = async {
         while agent.state.in_flight() > 0 {
@@ -151,15 +141,6 @@ pub async fn run(dependencies: Dependencies, inputs: Inputs) -> std::io::Result<
     };
     let _ = tokio::time::timeout(SHUTDOWN_GRACE, drain).await;
     Ok(())
-}
-
-async fn forward_lxcfs_changes(mut watcher: Watcher, tx: mpsc::Sender<Message>) {
-    loop {
-        let change = watcher.changed().await;
-        if tx.send(Message::LxcfsChanged(change)).await.is_err() {
-            return;
-        }
-    }
 }
 
 /// The state of the loop between two inputs.
@@ -189,9 +170,9 @@ struct PreviousLxcfs {
 }
 
 impl Agent {
-    fn new(dependencies: Dependencies, finder: Finder, tx: mpsc::Sender<Message>) -> Agent {
-        let Dependencies { workers, runtime, lxcfs_path, events, state, adopt, metrics } =
-            dependencies;
+    fn new(dependencies: Dependencies, tx: mpsc::Sender<Message>) -> Agent {
+        let Dependencies { workers, runtime, finder, events, state, adopt, metrics } = dependencies;
+        let up = lxcfs::identify(finder.path()).is_some();
         let mut agent = Agent {
             reconciler: Reconciler::new(workers, runtime, finder, adopt, tx),
             events,
@@ -205,7 +186,7 @@ impl Agent {
             metrics,
             outage: OutageLog::new("lxcfs"),
         };
-        agent.set_lxcfs_up(lxcfs::identify(&lxcfs_path).is_some());
+        agent.set_lxcfs_up(up);
         agent
     }
 
@@ -264,7 +245,6 @@ impl Agent {
                 self.set_lxcfs_up(false);
                 self.state.lxcfs_found(Err(e.to_string()), Instant::now());
             }
-            Message::LxcfsChanged(change) => self.lxcfs_changed(change),
             Message::SweepDue(dev) => self.sweep(dev),
             Message::SweepFinished => self.state.sweep_finished(),
         }

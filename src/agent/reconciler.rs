@@ -210,3 +210,51 @@ fn log_sweep(swept: std::io::Result<PassSummary>) {
         Err(cause) => tracing::warn!(%cause, "failed to sweep the node"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+    use crate::{
+        model::{container_id::ContainerId, view::ViewFile},
+        plan::Step,
+    };
+
+    #[test]
+    fn only_failures_of_the_pod_complete_as_failed() {
+        let done = vec![Step::Inject(ViewFile::Uptime)];
+        let outcome = Outcome { done: done.clone(), skipped: Vec::new() };
+        let cause = || io::Error::other("no");
+        let completion = |e: mount::Error| Completion::from(Err::<Outcome, _>(e));
+        // An lxcfs that is unmounted during an operation is no failure of the pod: a retry follows.
+        for error in [mount::Error::LxcfsUnmounted, mount::Error::ProcessExited(7)] {
+            assert_eq!(completion(error), Completion::NotRunning);
+        }
+        for error in [mount::Error::HostNamespace(7), mount::Error::OwnNamespace(7)] {
+            assert!(matches!(completion(error), Completion::Unsupported { .. }));
+        }
+        let why = "process 7: ".to_owned();
+        let steps = mount::Error::Steps { pid: 7, failed: Vec::new(), outcome };
+        assert_eq!(completion(steps), Completion::Failed { done, why });
+        let observe = completion(mount::Error::Observe { pid: 7, cause: cause() });
+        assert!(matches!(observe, Completion::Failed { done, .. } if done.is_empty()));
+    }
+
+    #[test]
+    fn runtime_outage_is_not_a_failure_of_the_pod() {
+        let id = ContainerId::new("a").unwrap();
+        let outage = runtime::cri::Error::NoEndpoint;
+        for error in [
+            runtime::Error::NotRunning(id.clone()),
+            runtime::Error::Cri(outage),
+            runtime::Error::Process(ProcessError::NotFound(7)),
+        ] {
+            assert_eq!(Completion::from(error), Completion::NotRunning);
+        }
+        let kata = runtime::Error::GuestKernel { id: id.clone(), kind: "kata".into() };
+        assert!(matches!(Completion::from(kata), Completion::Unsupported { .. }));
+        let mismatch = runtime::Error::CgroupMismatch { id, pid: 7 };
+        assert!(matches!(Completion::from(mismatch), Completion::Failed { .. }));
+    }
+}

@@ -13,7 +13,7 @@ use crate::{
         state::{State, StateConfig},
     },
     args::{AgentArgs, Common, CriEvents, PodSource},
-    lxcfs::Finder,
+    lxcfs::{Finder, Watcher},
     model::pod::Update,
     runtime::{PidSource, Runtime, cri::CriClient},
     sources::{
@@ -31,10 +31,15 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     let lxcfs_path = common.lxcfs_path.clone();
     let cri = CriClient::new(common.cri_endpoint);
     let workers = workers(args.workers)?;
+    let finder = Finder::new(&common.lxcfs_path);
     let (updates_tx, updates) = mpsc::channel(CHANNEL_CAPACITY);
+    let (lxcfs_changes_tx, lxcfs_changes) = mpsc::channel(CHANNEL_CAPACITY);
     let (blocked_starts_tx, blocked_starts) = mpsc::channel(CHANNEL_CAPACITY);
     let (snapshots_tx, snapshot_requests) = mpsc::channel(CHANNEL_CAPACITY);
     let mut watchers = Watchers::default();
+    let lxcfs_watcher =
+        Watcher::new(finder.clone(), workers.clone()).context("failed to watch the mount table")?;
+    watchers.spawn("the watch of lxcfs", lxcfs_watcher.run(lxcfs_changes_tx));
     let events = match args.pods_from {
         PodSource::Kubernetes => {
             watch_api_server(args.node_name, &updates_tx, &mut watchers).await?
@@ -61,13 +66,13 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
         snapshots: snapshots_tx,
         metrics: metrics.clone(),
         workers: workers.clone(),
-        finder: Finder::new(&lxcfs_path),
+        finder: finder.clone(),
         cri: (common.pid_from != PidSource::Proc).then(|| cri.clone()),
     };
     let dependencies = Dependencies {
         workers,
         runtime: Runtime::new(common.pid_from, cri),
-        lxcfs_path: lxcfs_path.clone(),
+        finder,
         events,
         state: State::new(StateConfig {
             inject_by_default: args.inject_by_default,
@@ -78,7 +83,7 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
         metrics,
     };
     let nri_outputs = nri::Outputs { starts: blocked_starts_tx, updates: updates_tx };
-    let inputs = Inputs { updates, blocked_starts, snapshot_requests };
+    let inputs = Inputs { updates, lxcfs_changes, blocked_starts, snapshot_requests };
     tokio::select! {
         stopped = agent::run(dependencies, inputs) => stopped?,
         stopped = watchers.stopped() => return Err(stopped),

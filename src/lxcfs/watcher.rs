@@ -12,6 +12,7 @@ use std::{
 use rustix::fs::{Mode, OFlags};
 use tokio::{
     io::{Interest, unix::AsyncFd},
+    sync::mpsc::Sender,
     task::JoinHandle,
     time::{Instant, Interval, MissedTickBehavior},
 };
@@ -109,8 +110,18 @@ impl Watcher {
         })
     }
 
-    /// Waits for the next change. Cancel safe: the next call reports what this one did not.
-    pub async fn changed(&mut self) -> Change {
+    /// Sends every change until the receiver is dropped.
+    pub async fn run(mut self, changes: Sender<Change>) {
+        loop {
+            let change = self.changed().await;
+            if changes.send(change).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Waits for the next change.
+    async fn changed(&mut self) -> Change {
         loop {
             let exited = async {
                 match &self.server {

@@ -51,7 +51,7 @@ impl WorkerContext {
     /// process's.
     ///
     /// # Errors
-    /// Without `CAP_SYS_ADMIN`, or where `/proc` is not mounted.
+    /// Fails if `/proc` is not mounted.
     pub fn new() -> io::Result<WorkerContext> {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
         let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -101,13 +101,13 @@ impl WorkerContext {
             e => Error::Enter { pid, cause: e.into() },
         })?;
         let restore = RestoreNs(self);
-        let here = rustix::fs::statat(&self.proc, "thread-self/ns/mnt", AtFlags::empty());
-        let here = here.map_err(|e| Error::Enter { pid, cause: e.into() })?;
-        let here = NamespaceId::of(&here);
-        if self.host_ns.contains(&here) {
+        let current = rustix::fs::statat(&self.proc, "thread-self/ns/mnt", AtFlags::empty());
+        let current = current.map_err(|e| Error::Enter { pid, cause: e.into() })?;
+        let current = NamespaceId::of(&current);
+        if self.host_ns.contains(&current) {
             return Err(Error::HostNamespace(pid));
         }
-        if here == self.own_ns {
+        if current == self.own_ns {
             return Err(Error::OwnNamespace(pid));
         }
         // From here on a relative path names one of this thread's descriptors.

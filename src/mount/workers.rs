@@ -86,7 +86,7 @@ impl Workers {
     /// Starts `threads` threads (at least one), each job with this deadline.
     ///
     /// # Errors
-    /// Fails if [`WorkerContext::new`] fails: without `CAP_SYS_ADMIN`, or without `/proc`.
+    /// Fails if a thread cannot be started, or if `/proc` is not mounted.
     pub fn start(threads: usize, deadline: Duration) -> io::Result<Workers> {
         let pool = Arc::new(Pool {
             queue: Mutex::default(),
@@ -209,5 +209,47 @@ impl Pool {
                 return;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn workers(threads: usize, deadline: Duration) -> Workers {
+        Workers::start(threads, deadline).expect("a thread and /proc")
+    }
+
+    #[tokio::test]
+    async fn hung_thread_is_replaced_and_its_result_delivered() {
+        let workers = workers(1, Duration::from_millis(50));
+        let (release, held) = mpsc::channel::<()>();
+        let timeout = workers.run(move |_| held.recv().is_ok()).await.unwrap_err();
+        assert!(matches!(timeout.error, Error::TimedOut(_)), "{timeout:?}");
+        assert_eq!(workers.hung(), 1);
+        assert_eq!(workers.run(|_| 7).await.unwrap(), 7);
+        release.send(()).unwrap();
+        assert!(timeout.result.unwrap().await.unwrap());
+        while workers.hung() > 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[tokio::test]
+    async fn panic_is_reported_and_the_thread_continues() {
+        // Writing a backtrace may take longer than the other tests' deadline.
+        let workers = workers(1, Duration::from_secs(10));
+        let failed = workers.run(|_| -> u8 { panic!("on purpose") }).await.unwrap_err();
+        assert!(matches!(failed.error, Error::Panicked), "{failed:?}");
+        assert_eq!(workers.run(|_| 7).await.unwrap(), 7);
+    }
+
+    #[tokio::test]
+    async fn time_in_the_queue_is_not_a_timeout() {
+        let workers = workers(1, Duration::from_millis(50));
+        let slow = || workers.run(|_| thread::sleep(Duration::from_millis(30)));
+        let (a, b, c) = tokio::join!(slow(), slow(), slow());
+        assert!(a.is_ok() && b.is_ok() && c.is_ok());
+        assert_eq!(workers.hung(), 0);
     }
 }

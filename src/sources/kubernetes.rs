@@ -287,7 +287,7 @@ mod tests {
     }"#;
 
     #[test]
-    fn all_container_kinds_count_and_running_ones_have_ids() {
+    fn running_containers_of_all_kinds_have_ids() {
         let pod = into_pod(serde_json::from_str(POD).unwrap());
         let ids: Vec<_> = pod
             .containers

@@ -346,7 +346,7 @@ impl Node {
     fn apply(&mut self, input: &Input) {
         match *input {
             Input::Annotate(n, value) => {
-                self.change(n, |pod| pod.annotations.inject = value.map(Into::into))
+                self.change(n, |pod| pod.annotations.inject = value.map(Into::into));
             }
             Input::Label(value) => {
                 self.label = value;
@@ -428,7 +428,7 @@ impl Node {
                 self.state.sweep_finished();
             }
             Input::Completes(n, how) if !self.running.is_empty() => {
-                self.complete(n % self.running.len(), how)
+                self.complete(n % self.running.len(), how);
             }
             Input::Passes(ms) => self.now += Duration::from_millis(ms),
             Input::SweepFinished | Input::Completes(..) => {}
@@ -529,7 +529,7 @@ impl Node {
                 let view = self.views.get(id);
                 match decision.by_container[&container.name] {
                     DesiredView::Exactly(files) => {
-                        assert_eq!(view, Some(&(self.generation, files)), "{id}")
+                        assert_eq!(view, Some(&(self.generation, files)), "{id}");
                     }
                     DesiredView::Absent => assert_eq!(view, None, "{id}"),
                     _ => {}
