@@ -14,12 +14,12 @@ check_line_width() {
 
 # The advisory database is a git repository, which not every machine reaches.
 check_advisories() {
-    local log
-    log=$(mktemp)
-    if timeout 120 cargo deny fetch db >"$log" 2>&1; then
-        cargo deny --log-level error check --disable-fetch advisories
+    local output
+    if output=$(timeout 120 cargo deny fetch db 2>&1); then
+        cargo deny --offline --log-level error check advisories
     else
-        say "advisories not checked: failed to fetch the advisory database (log: $log)"
+        output=$(awk 'NF { last = $0 } END { print last }' <<<"$output")
+        say "advisories not checked: failed to fetch the database: ${output:-timed out}"
     fi
 }
 

@@ -11,5 +11,5 @@ debian_mirror() {
 
 # buildah_ COMMAND...: runs buildah on image storage in the cache.
 buildah_() {
-    STORAGE_DRIVER=vfs buildah --root "$CACHE/images/root" --runroot "$CACHE/images/run" "$@"
+    buildah --root "$CACHE/images/root" --runroot "$CACHE/images/run" "$@"
 }
