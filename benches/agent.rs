@@ -12,10 +12,7 @@
     reason = "a benchmark fails by panicking"
 )]
 
-#[path = "../tests/it/cluster.rs"]
-#[allow(dead_code, unused, reason = "the tests use the rest")]
-mod cluster;
-#[path = "../tests/it/harness.rs"]
+#[path = "../tests/it/harness/mod.rs"]
 #[allow(dead_code, unused, reason = "the tests use the rest")]
 mod harness;
 
@@ -59,7 +56,7 @@ impl Drop for Cgroup {
 
 fn main() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let (cluster, lxcfs) = (cluster::Cluster::start(), harness::Lxcfs::start());
+    let (cluster, lxcfs) = (harness::Cluster::start(), harness::Lxcfs::start());
     let ids: Vec<String> =
         (0..PODS).map(|n| format!("{:x}{n:060x}", std::process::id() & 0xfff | 0x1000)).collect();
     // Namespaces end before their cgroups are removed.
@@ -73,14 +70,19 @@ fn main() {
         let pods = &pods;
         let create = |(n, id): (usize, String)| async move {
             let name = format!("pod-{n}");
-            let pod = json!({"metadata": {"name": name, "annotations": {"kube-lxcfs.io/inject": "true"}},
+            let annotations = json!({"kube-lxcfs.io/inject": "true"});
+            let pod = json!({"metadata": {"name": name, "annotations": annotations},
                 "spec": {"nodeName": "n1", "containers": [{"name": "app", "image": "x"}]}});
-            pods.create(&PostParams::default(), &serde_json::from_value(pod).unwrap()).await.unwrap();
-            let status = json!({"status": {"phase": "Running", "containerStatuses": [{"name": "app", "image": "x", "imageID": "",
-                "containerID": format!("containerd://{id}"), "ready": true, "restartCount": 0, "state": {"running": {}}}]}});
+            let pod = serde_json::from_value(pod).unwrap();
+            pods.create(&PostParams::default(), &pod).await.unwrap();
+            let id = format!("containerd://{id}");
+            let status = json!({"status": {"phase": "Running", "containerStatuses": [
+                {"name": "app", "image": "x", "imageID": "", "containerID": id, "ready": true,
+                "restartCount": 0, "state": {"running": {}}}]}});
             pods.patch_status(&name, &PatchParams::default(), &Patch::Merge(status)).await.unwrap();
         };
-        stream::iter(ids.clone().into_iter().enumerate()).map(create).buffer_unordered(8).collect::<Vec<()>>().await;
+        let created = stream::iter(ids.clone().into_iter().enumerate()).map(create);
+        created.buffer_unordered(8).collect::<Vec<()>>().await;
     });
 
     let dir = tempfile::tempdir().unwrap();
@@ -91,13 +93,13 @@ fn main() {
         &args,
         &[("KUBECONFIG", kubeconfig.to_str().unwrap()), ("RUST_LOG", "info")],
     );
-    let begun = std::time::Instant::now();
+    let started = std::time::Instant::now();
     for container in &containers {
-        harness::eventually_true("the view is there", || {
+        harness::eventually_true("the view is injected", || {
             harness::views(&container.mountinfo()).len() >= 9
         });
     }
-    println!("{PODS} pods have their view {:.1?} after the agent's start", begun.elapsed());
+    println!("{PODS} pods have their views {:.1?} after the agent's start", started.elapsed());
     // Events are still being sent.
     std::thread::sleep(Duration::from_secs(20));
     let before = usage(agent.pid());
@@ -108,11 +110,7 @@ fn main() {
         kib(agent.pid(), "VmRSS") / 1024.0,
         kib(agent.pid(), "VmHWM") / 1024.0
     );
-    println!(
-        "in {IDLE:?} with nothing to do: {} ms of CPU, {} times woken",
-        after.0 - before.0,
-        after.1 - before.1
-    );
+    println!("in {IDLE:?} idle: {} ms of CPU, {} wake-ups", after.0 - before.0, after.1 - before.1);
     drop(agent);
     drop(containers);
 }

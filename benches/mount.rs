@@ -12,7 +12,7 @@
     reason = "a benchmark fails by panicking"
 )]
 
-#[path = "../tests/it/harness.rs"]
+#[path = "../tests/it/harness/mod.rs"]
 #[allow(dead_code, unused, reason = "the tests use the rest")]
 mod harness;
 
@@ -123,7 +123,8 @@ fn report(what: &str, ours: Duration, bare: Duration, bound: f64) {
     let ratio = ours.as_secs_f64() / bare.as_secs_f64();
     let verdict = if ratio <= bound { "ok" } else { "over" };
     println!(
-        "{what:44}  ours {ours:>10.1?}  bare {bare:>10.1?}  ratio {ratio:.2} (goal {bound}: {verdict})"
+        "{what:44}  ours {ours:>10.1?}  bare {bare:>10.1?}  ratio {ratio:.2} \
+         (goal {bound}: {verdict})"
     );
 }
 
@@ -245,6 +246,7 @@ fn passes(
     let ((few, least), (many, most)) = (per_container[0], per_container[2]);
     let growth = many.as_secs_f64() / few.as_secs_f64();
     println!(
-        "time per container: {few:.1?} of {least}, {many:.1?} of {most}: {growth:.2} times (1 is linear)"
+        "time per container: {few:.1?} of {least}, {many:.1?} of {most}: {growth:.2} times \
+         (1 is linear)"
     );
 }

@@ -10,19 +10,17 @@
     reason = "a benchmark fails by panicking"
 )]
 
-#[path = "../tests/it/cluster.rs"]
-#[allow(dead_code, unused, reason = "the tests use the rest")]
-mod cluster;
-#[path = "../tests/it/harness.rs"]
+#[path = "../tests/it/harness/mod.rs"]
 #[allow(dead_code, unused, reason = "the tests use the rest")]
 mod harness;
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use harness::*;
+use k8s_cri::v1 as cri;
 use nix::sys::signal::Signal;
 
 const BARE: usize = 180;
@@ -40,25 +38,41 @@ struct Container {
 struct Setup {
     lxcfs: Supervised,
     containers: Vec<Container>,
-    // In the order in which they end.
+    // In the order in which they are dropped.
     _agent: Running,
-    _pods: cluster::Pods,
+    _pods: Pods,
     _bare: Vec<Reader>,
     _real: Option<Containerd>,
     _dir: tempfile::TempDir,
 }
 
+/// A pod whose container is a reader: its container's id, and where the reader writes what it saw.
+fn run_reader(containerd: &Containerd, name: &str) -> (String, PathBuf) {
+    let mut pod = containerd.run(&PodSpec { name, annotations: &[], containers: &[] });
+    let dir = containerd.dir.path().join(name);
+    std::fs::create_dir(&dir).unwrap();
+    let mount = |container_path: &str, host: &Path| cri::Mount {
+        container_path: container_path.into(),
+        host_path: host.to_str().unwrap().into(),
+        ..Default::default()
+    };
+    let mounts = vec![mount("/out", &dir), mount("/reader", &reader_program())];
+    let command = reader_command("/reader", "/out/seen", MEMORY_MIB, PAUSE);
+    containerd.start_with(&mut pod, "app", 0, command, mounts);
+    (pod.containers["app"].clone(), dir.join("seen"))
+}
+
 fn setup(bare: usize, real: usize, lxcfs: &[&str]) -> Setup {
-    let (lxcfs, pods) = (Supervised::start(lxcfs), cluster::Pods::start());
+    let (lxcfs, pods) = (Supervised::start(lxcfs), Pods::start());
     let bare: Vec<Reader> = (0..bare).map(|_| Reader::start(PAUSE)).collect();
     let mut containers: Vec<Container> = bare
         .iter()
-        .map(|r| Container { pid: r.pid(), id: r.id.clone(), out: r.out().to_owned() })
+        .map(|r| Container { pid: r.pid(), id: r.id.clone(), out: r.out.clone() })
         .collect();
     let runtime = (real > 0).then(Containerd::start);
     if let Some(runtime) = &runtime {
         for n in 0..real {
-            let (id, out) = runtime.run_reader(&format!("real-{n}"), PAUSE);
+            let (id, out) = run_reader(runtime, &format!("real-{n}"));
             containers.push(Container { pid: runtime.pid(&id), id, out });
         }
     }
@@ -93,7 +107,7 @@ impl Setup {
     /// Waits until every container has a whole view of another lxcfs than `before`; returns the
     /// time it took.
     fn all_current(&self, before: Option<&str>) -> Duration {
-        let begun = Instant::now();
+        let started = Instant::now();
         for container in &self.containers {
             eventually("the view is current", || {
                 let table = mountinfo(container.pid);
@@ -106,7 +120,7 @@ impl Setup {
                 }
             });
         }
-        begun.elapsed()
+        started.elapsed()
     }
 
     /// The device of the view in the last container.
@@ -122,11 +136,11 @@ impl Setup {
             .to_owned()
     }
 
-    /// Readers read from before `what` until after, and tell.
+    /// Reads from before `what` until after, and prints what the readers saw.
     fn during(&mut self, name: &str, readers: usize, what: impl FnOnce(&mut Setup) -> u128) {
         let outs: Vec<PathBuf> =
             self.containers.iter().rev().take(readers).map(|c| c.out.clone()).collect();
-        // All at once: one after the other they would be busy long before.
+        // Concurrently: one after the other they would be busy long before.
         std::thread::scope(|s| outs.iter().for_each(|out| drop(s.spawn(|| go(out)))));
         std::thread::sleep(Duration::from_millis(500));
         let at = what(self);
@@ -143,7 +157,8 @@ impl Setup {
             }
         };
         println!(
-            "{name}: {} containers read {} own values, {} host values (the last {}), {} errors (the last {})",
+            "{name}: {} containers read {} own values, {} host values (the last {}), \
+             {} errors (the last {})",
             outs.len(),
             seen.own,
             seen.host,
@@ -159,12 +174,12 @@ fn now() -> u128 {
 }
 
 fn main() {
-    let begun = Instant::now();
+    let started = Instant::now();
     let mut setup = setup(BARE, REAL, &["--watchdog", "2s"]);
     println!(
         "{} containers have their view after {:.1?} of preparations",
         setup.containers.len(),
-        begun.elapsed()
+        started.elapsed()
     );
 
     setup.during("kill -9", usize::MAX, |setup| {
@@ -172,11 +187,11 @@ fn main() {
         let at = now();
         setup.lxcfs.signal_lxcfs(Signal::SIGKILL);
         eventually_true("another lxcfs runs", || setup.lxcfs.lxcfs() != old);
-        setup.lxcfs.serves();
+        setup.lxcfs.wait_until_serving();
         let serves = (now() - at) / 1_000_000;
         setup.all_current(None);
         println!(
-            "kill -9: lxcfs answers again after {serves} ms, all views are current after {} ms",
+            "kill -9: lxcfs serves after {serves} ms, all views are current after {} ms",
             (now() - at) / 1_000_000
         );
         at
@@ -184,7 +199,7 @@ fn main() {
     setup.during("SIGTERM and restart", usize::MAX, |setup| {
         let at = now();
         setup.lxcfs.supervisor.terminate();
-        setup.lxcfs.again();
+        setup.lxcfs.restart();
         setup.all_current(None);
         println!(
             "SIGTERM and restart: all views are current after {} ms",
@@ -196,7 +211,7 @@ fn main() {
     setup.during("replacement while the old one answers", usize::MAX, |setup| {
         let at = now();
         setup.lxcfs.supervisor.kill();
-        setup.lxcfs.again();
+        setup.lxcfs.restart();
         setup.all_current(Some(&before));
         println!("replacement: all views are current after {} ms", (now() - at) / 1_000_000);
         at
@@ -206,7 +221,7 @@ fn main() {
         let at = now();
         setup.lxcfs.signal_lxcfs(Signal::SIGSTOP);
         eventually_true("another lxcfs runs", || setup.lxcfs.lxcfs() != old);
-        setup.lxcfs.serves();
+        setup.lxcfs.wait_until_serving();
         setup.all_current(None);
         println!("hung: all views are current after {} ms", (now() - at) / 1_000_000);
         at

@@ -6,7 +6,7 @@
 //!     cargo bench --bench start -- 50      fewer
 #![allow(clippy::unwrap_used, clippy::wildcard_imports, reason = "a benchmark fails by panicking")]
 
-#[path = "../tests/it/harness.rs"]
+#[path = "../tests/it/harness/mod.rs"]
 #[allow(dead_code, unused, reason = "the tests use the rest")]
 mod harness;
 
@@ -20,14 +20,14 @@ use harness::*;
 
 const FIRST: &str =
     "head -1 /proc/meminfo; cut -d' ' -f1 /proc/uptime; cat /sys/devices/system/cpu/online";
-/// So many in a row before the agent goes or comes.
+/// How many pods in a row before the agent is started or stopped.
 const TURN: usize = 25;
 
-fn own(told: &str) -> bool {
-    let own_memory = told.starts_with(&format!("MemTotal:{:>15} kB\n", MEMORY_MIB << 10));
+fn own(output: &str) -> bool {
+    let own_memory = output.starts_with(&format!("MemTotal:{:>15} kB\n", MEMORY_MIB << 10));
     own_memory
-        && told.ends_with("\n0\n")
-        && told.lines().nth(1).is_some_and(|s| s.parse::<f64>().unwrap() < 60.0)
+        && output.ends_with("\n0\n")
+        && output.lines().nth(1).is_some_and(|s| s.parse::<f64>().unwrap() < 60.0)
 }
 
 fn agent_of(dir: &Path, containerd: &Containerd, lxcfs: &Lxcfs, nri: bool) -> Running {
@@ -37,7 +37,7 @@ fn agent_of(dir: &Path, containerd: &Containerd, lxcfs: &Lxcfs, nri: bool) -> Ru
         ["--pods-from", "cri", "--cri-endpoint", &cri, "--nri", mode, "--nri-socket", &socket];
     let agent = agent(dir, &[&args[..], &["--lxcfs-path", lxcfs.path()]].concat(), &[]);
     if nri {
-        eventually_true("NRI has the plugin", || agent.log().contains("first instruction"));
+        eventually_true("the plugin is registered", || agent.logged(&[("nri", "registered")]) == 1);
     } else {
         std::thread::sleep(Duration::from_millis(500));
     }
@@ -46,15 +46,15 @@ fn agent_of(dir: &Path, containerd: &Containerd, lxcfs: &Lxcfs, nri: bool) -> Ru
 
 /// Runs one pod and removes it: the time of its container's start, and what that read first.
 fn pod(containerd: &Containerd, n: usize) -> (Duration, String) {
-    let annotations = &[("kube-lxcfs.io/inject", "true")];
+    let annotations = &[INJECT];
     let mut pod =
         containerd.run(&PodSpec { name: &format!("pod-{n}"), annotations, containers: &[] });
     let (took, out) = containerd.start_script(&mut pod, "app", FIRST);
-    let told = eventually("the container has read", || {
+    let output = eventually("the container has read", || {
         fs::read_to_string(&out).map_err(|e| e.to_string())
     });
     containerd.remove(&pod);
-    (took, told)
+    (took, output)
 }
 
 fn percentile(all: &mut [Duration], percent: usize) -> Duration {
@@ -70,9 +70,9 @@ fn with_nri(name: &str, release: Release, pods: usize) {
         let count = TURN.min(pods - turn * TURN);
         let mut agent = agent_of(dir.path(), &containerd, &lxcfs, true);
         for n in 0..count {
-            let (took, told) = pod(&containerd, n);
+            let (took, output) = pod(&containerd, n);
             with.push(took);
-            right += usize::from(own(&told));
+            right += usize::from(own(&output));
         }
         agent.terminate();
         without.extend((0..count).map(|n| pod(&containerd, n).0));
@@ -82,7 +82,8 @@ fn with_nri(name: &str, release: Release, pods: usize) {
     for (what, (with, without)) in [("median", median), ("99th percentile", most)] {
         let added = with.as_secs_f64() - without.as_secs_f64();
         println!(
-            "{name}, NRI: start {what} {with:.1?} with, {without:.1?} without: {:+.1} ms, ratio {:.2}",
+            "{name}, NRI: start {what} {with:.1?} with, {without:.1?} without: \
+             {:+.1} ms, ratio {:.2}",
             added * 1e3,
             with.as_secs_f64() / without.as_secs_f64()
         );
@@ -96,24 +97,25 @@ fn with_events(pods: usize) {
     let _agent = agent_of(dir.path(), &containerd, &lxcfs, false);
     let mut all = Vec::new();
     for n in 0..pods {
-        let annotations = &[("kube-lxcfs.io/inject", "true")];
+        let annotations = &[INJECT];
         let pod = containerd.run(&PodSpec {
             name: &format!("pod-{n}"),
             annotations,
             containers: &["app"],
         });
-        let begun = Instant::now();
+        let started = Instant::now();
         let pid = containerd.pid(&pod.containers["app"]);
         while views(&mountinfo(pid)).len() < 9 {
-            assert!(begun.elapsed() < PATIENCE, "no view");
+            assert!(started.elapsed() < DEADLINE, "no view");
             std::thread::sleep(Duration::from_millis(1));
         }
-        all.push(begun.elapsed());
+        all.push(started.elapsed());
         containerd.remove(&pod);
     }
     let [median, most] = [50, 99].map(|p| percentile(&mut all, p));
     println!(
-        "containerd 1.7, NRI off, {pods} pods: view after the start: median {median:.1?}, 99th percentile {most:.1?}"
+        "containerd 1.7, NRI off, {pods} pods: view after the start: median {median:.1?}, \
+         99th percentile {most:.1?}"
     );
 }
 

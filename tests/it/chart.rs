@@ -3,7 +3,7 @@
 
 use std::{fs, path::PathBuf, process::Output};
 
-use crate::{cluster::Cluster, harness::*};
+use crate::harness::*;
 
 fn repository(path: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -87,39 +87,41 @@ const CHANGED: [&str; 28] = [
 
 #[test]
 fn every_value_renders_valid_objects() {
-    let lint = helm(&["lint", "--strict", "charts/kube-lxcfs"]);
-    assert!(lint.status.success(), "{}", stdout(&lint));
-    let (cluster, dir) = (Cluster::start(), tempfile::tempdir().unwrap());
-    let plain = stdout(&template(&[]));
-    for changed in CHANGED {
-        let rendered = template(&["--set", changed]);
-        assert!(rendered.status.success(), "{changed}: {}", stderr(&rendered));
-        let rendered = stdout(&rendered);
-        assert_ne!(rendered, plain, "{changed} has no effect");
-        // This API server does not know the kinds of the Prometheus operator.
-        let known: Vec<&str> = rendered
-            .split("\n---\n")
-            .filter(|one| !one.contains("apiVersion: monitoring.coreos.com"))
-            .collect();
-        let file = dir.path().join("rendered.yaml");
-        fs::write(&file, known.join("\n---\n")).unwrap();
-        cluster.kubectl(&[
-            "apply",
-            "--dry-run=server",
-            "--validate=true",
-            "-f",
-            file.to_str().unwrap(),
-        ]);
-    }
-    for example in fs::read_dir(repository("manifests/examples")).unwrap() {
-        cluster.kubectl(&[
-            "apply",
-            "--dry-run=server",
-            "--validate=true",
-            "-f",
-            example.unwrap().path().to_str().unwrap(),
-        ]);
-    }
+    isolated(|| {
+        let lint = helm(&["lint", "--strict", "charts/kube-lxcfs"]);
+        assert!(lint.status.success(), "{}", stdout(&lint));
+        let (cluster, dir) = (Cluster::start(), tempfile::tempdir().unwrap());
+        let plain = stdout(&template(&[]));
+        for changed in CHANGED {
+            let rendered = template(&["--set", changed]);
+            assert!(rendered.status.success(), "{changed}: {}", stderr(&rendered));
+            let rendered = stdout(&rendered);
+            assert_ne!(rendered, plain, "{changed} has no effect");
+            // This API server does not know the kinds of the Prometheus operator.
+            let known: Vec<&str> = rendered
+                .split("\n---\n")
+                .filter(|one| !one.contains("apiVersion: monitoring.coreos.com"))
+                .collect();
+            let file = dir.path().join("rendered.yaml");
+            fs::write(&file, known.join("\n---\n")).unwrap();
+            cluster.kubectl(&[
+                "apply",
+                "--dry-run=server",
+                "--validate=true",
+                "-f",
+                file.to_str().unwrap(),
+            ]);
+        }
+        for example in fs::read_dir(repository("manifests/examples")).unwrap() {
+            cluster.kubectl(&[
+                "apply",
+                "--dry-run=server",
+                "--validate=true",
+                "-f",
+                example.unwrap().path().to_str().unwrap(),
+            ]);
+        }
+    });
 }
 
 #[test]

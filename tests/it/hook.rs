@@ -64,7 +64,10 @@ impl Bundle {
         // This machine's root may not raise limits.
         config["process"]["rlimits"] = serde_json::json!([]);
         config["annotations"] = annotations;
-        config["linux"]["resources"] = serde_json::json!({"memory": {"limit": MEMORY_MIB << 20}, "cpu": {"quota": 50_000, "period": 100_000}});
+        config["linux"]["resources"] = serde_json::json!({
+            "memory": {"limit": MEMORY_MIB << 20},
+            "cpu": {"quota": 50_000, "period": 100_000},
+        });
         config["hooks"] = serde_json::json!({stage: [self.hook()]});
         fs::write(&path, config.to_string()).unwrap();
         let id = self.dir.path().file_name().unwrap().to_str().unwrap();
@@ -91,123 +94,157 @@ fn wants_view() -> serde_json::Value {
 }
 
 #[test]
-fn with_runc_and_crun_the_first_read_shows_the_containers_own() {
-    let lxcfs = Lxcfs::start();
-    let bundle = Bundle::new(&lxcfs.path);
-    for (runtime, stage) in [
-        ("runc", "createRuntime"),
-        ("runc", "prestart"),
-        ("crun", "createRuntime"),
-        ("crun", "prestart"),
-    ] {
-        let ended = bundle.run(runtime, stage, wants_view());
-        assert!(
-            own(&stdout(&ended)),
-            "{runtime} {stage}: {} {} {}",
-            stdout(&ended),
-            stderr(&ended),
+fn runc_and_crun_first_read_is_own() {
+    isolated(|| {
+        let lxcfs = Lxcfs::start();
+        let bundle = Bundle::new(&lxcfs.path);
+        for (runtime, stage) in [
+            ("runc", "createRuntime"),
+            ("runc", "prestart"),
+            ("crun", "createRuntime"),
+            ("crun", "prestart"),
+        ] {
+            let output = bundle.run(runtime, stage, wants_view());
+            assert!(
+                own(&stdout(&output)),
+                "{runtime} {stage}: {} {} {}",
+                stdout(&output),
+                stderr(&output),
+                bundle.log()
+            );
+        }
+        assert_eq!(bundle.log().matches("view injected").count(), 4, "{}", bundle.log());
+        let output = bundle.run("runc", "createRuntime", serde_json::json!({}));
+        assert!(output.status.success() && !own(&stdout(&output)), "{}", stdout(&output));
+    });
+}
+
+#[test]
+fn podman_first_read_is_own() {
+    isolated(|| {
+        let lxcfs = Lxcfs::start();
+        let bundle = Bundle::new(&lxcfs.path);
+        fs::create_dir(bundle.at("hooks")).unwrap();
+        let when = serde_json::json!({"annotations": {"^kube-lxcfs\\.io/inject$": "^true$"}});
+        let hook = serde_json::json!({
+            "version": "1.0.0",
+            "hook": bundle.hook(),
+            "when": when,
+            "stages": ["createRuntime"],
+        });
+        fs::write(bundle.at("hooks/kube-lxcfs.json"), hook.to_string()).unwrap();
+        let (root, runroot, tmp, hooks) =
+            (bundle.at("storage"), bundle.at("run"), bundle.at("tmp"), bundle.at("hooks"));
+        let places = [
+            "podman",
+            "--root",
+            &root,
+            "--runroot",
+            &runroot,
+            "--tmpdir",
+            &tmp,
+            "--hooks-dir",
+            &hooks,
+        ];
+        let how = [
+            "--cgroup-manager",
+            "cgroupfs",
+            "--runtime",
+            "crun",
+            "run",
+            "--rm",
+            "--network",
+            "host",
+        ];
+        let memory = format!("{MEMORY_MIB}m");
+        let limits = [
+            "--memory",
+            &memory,
+            "--cpus",
+            "0.5",
+            "--ulimit",
+            "nofile=1024:1024",
+            "--ulimit",
+            "nproc=1024:1024",
+        ];
+        let rootfs = bundle.at("rootfs");
+        let what =
+            ["--annotation", "kube-lxcfs.io/inject=true", "--rootfs", &rootfs, "sh", "-c", FIRST];
+        let output = bundle.command(&[&places[..], &how, &limits, &what].concat());
+        // Its overlay storage stays mounted on itself.
+        unmount(Path::new(&bundle.at("storage/overlay")));
+        assert!(own(&stdout(&output)), "{} {} {}", stdout(&output), stderr(&output), bundle.log());
+    });
+}
+
+#[test]
+fn hook_failure_is_logged_and_container_starts() {
+    isolated(|| {
+        let lxcfs = Lxcfs::start();
+        let bundle = Bundle::new(&lxcfs.path);
+        let starts = |what: &str, annotations: serde_json::Value| {
+            let _ = fs::remove_file(bundle.at("log"));
+            let output = bundle.run("runc", "createRuntime", annotations);
+            assert!(output.status.success(), "{what}: {}", stderr(&output));
+            assert!(
+                stdout(&output).starts_with("MemTotal:") && !own(&stdout(&output)),
+                "{what}: {}",
+                stdout(&output)
+            );
             bundle.log()
-        );
-    }
-    assert_eq!(bundle.log().matches("view in place").count(), 4, "{}", bundle.log());
-    let ended = bundle.run("runc", "createRuntime", serde_json::json!({}));
-    assert!(ended.status.success() && !own(&stdout(&ended)), "{}", stdout(&ended));
+        };
+        let log = starts("an annotation", serde_json::json!({"kube-lxcfs.io/inject": "yes"}));
+        assert!(log.contains("kube-lxcfs.io/inject: 'yes'"), "{log}");
+        lxcfs.process.signal(Signal::SIGSTOP);
+        let log = starts("lxcfs hangs", wants_view());
+        lxcfs.process.signal(Signal::SIGCONT);
+        assert!(log.contains("timed out after 1s"), "{log}");
+        drop(lxcfs);
+        let log = starts("no lxcfs", wants_view());
+        assert!(log.contains("lxcfs path") && log.contains("without a view"), "{log}");
+    });
 }
 
 #[test]
-fn with_podman_the_first_read_shows_the_containers_own() {
-    let lxcfs = Lxcfs::start();
-    let bundle = Bundle::new(&lxcfs.path);
-    fs::create_dir(bundle.at("hooks")).unwrap();
-    let when = serde_json::json!({"annotations": {"^kube-lxcfs\\.io/inject$": "^true$"}});
-    let hook = serde_json::json!({"version": "1.0.0", "hook": bundle.hook(), "when": when, "stages": ["createRuntime"]});
-    fs::write(bundle.at("hooks/kube-lxcfs.json"), hook.to_string()).unwrap();
-    let (root, runroot, tmp, hooks) =
-        (bundle.at("storage"), bundle.at("run"), bundle.at("tmp"), bundle.at("hooks"));
-    let places =
-        ["podman", "--root", &root, "--runroot", &runroot, "--tmpdir", &tmp, "--hooks-dir", &hooks];
-    let how =
-        ["--cgroup-manager", "cgroupfs", "--runtime", "crun", "run", "--rm", "--network", "host"];
-    let memory = format!("{MEMORY_MIB}m");
-    let limits = [
-        "--memory",
-        &memory,
-        "--cpus",
-        "0.5",
-        "--ulimit",
-        "nofile=1024:1024",
-        "--ulimit",
-        "nproc=1024:1024",
-    ];
-    let rootfs = bundle.at("rootfs");
-    let what =
-        ["--annotation", "kube-lxcfs.io/inject=true", "--rootfs", &rootfs, "sh", "-c", FIRST];
-    let ended = bundle.command(&[&places[..], &how, &limits, &what].concat());
-    // Its overlay storage stays mounted on itself.
-    unmount(Path::new(&bundle.at("storage/overlay")));
-    assert!(own(&stdout(&ended)), "{} {} {}", stdout(&ended), stderr(&ended), bundle.log());
-}
-
-#[test]
-fn whatever_goes_wrong_the_container_starts_and_the_log_says_why() {
-    let lxcfs = Lxcfs::start();
-    let bundle = Bundle::new(&lxcfs.path);
-    let starts = |what: &str, annotations: serde_json::Value| {
-        let _ = fs::remove_file(bundle.at("log"));
-        let ended = bundle.run("runc", "createRuntime", annotations);
-        assert!(ended.status.success(), "{what}: {}", stderr(&ended));
-        assert!(
-            stdout(&ended).starts_with("MemTotal:") && !own(&stdout(&ended)),
-            "{what}: {}",
-            stdout(&ended)
-        );
-        bundle.log()
-    };
-    let told = starts("an annotation", serde_json::json!({"kube-lxcfs.io/inject": "yes"}));
-    assert!(told.contains("'yes' is not understood"), "{told}");
-    lxcfs.process.signal(Signal::SIGSTOP);
-    let told = starts("lxcfs hangs", wants_view());
-    lxcfs.process.signal(Signal::SIGCONT);
-    assert!(told.contains("it was not done within 1s"), "{told}");
-    drop(lxcfs);
-    let told = starts("no lxcfs", wants_view());
-    assert!(told.contains("lxcfs path") && told.contains("without a view"), "{told}");
-}
-
-#[test]
-fn states_that_are_none_are_told_and_are_no_failure() {
-    let dir = tempfile::tempdir().unwrap();
-    let bundle = dir.path().join("bundle");
-    fs::create_dir(&bundle).unwrap();
-    let state = |bundle: &Path| {
-        format!(r#"{{"id":"a","pid":{},"bundlePath":"{}"}}"#, std::process::id(), bundle.display())
-    };
-    let mut cases = vec![
-        (String::new(), "is not understood"),
-        ("{".into(), "is not understood"),
-        ("{}".into(), "no bundle"),
-        (state(&dir.path().join("none")), "none/config.json: No such file"),
-    ];
-    fs::write(bundle.join("config.json"), "[").unwrap();
-    cases.push((state(&bundle), "config.json is not understood"));
-    for (state, why) in cases {
-        let mut hook = kube_lxcfs();
-        let mut child = hook
-            .arg("hook")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        child.stdin.take().unwrap().write_all(state.as_bytes()).unwrap();
-        let ended = child.wait_with_output().unwrap();
-        assert!(
-            ended.status.success() && stderr(&ended).contains(why),
-            "{state}: {}",
-            stderr(&ended)
-        );
-    }
-    // Even a wrong command line keeps no container from starting.
-    let ended = run(&["hook", "--no-such-flag"]);
-    assert!(ended.status.success() && stderr(&ended).contains("--no-such-flag"));
+fn invalid_state_is_reported_with_exit_0() {
+    isolated(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let bundle = dir.path().join("bundle");
+        fs::create_dir(&bundle).unwrap();
+        let state = |bundle: &Path| {
+            format!(
+                r#"{{"id":"a","pid":{},"bundlePath":"{}"}}"#,
+                std::process::id(),
+                bundle.display()
+            )
+        };
+        let mut cases = vec![
+            (String::new(), "failed to parse the container's state"),
+            ("{".into(), "failed to parse the container's state"),
+            ("{}".into(), "no bundle"),
+            (state(&dir.path().join("none")), "none/config.json: No such file"),
+        ];
+        fs::write(bundle.join("config.json"), "[").unwrap();
+        cases.push((state(&bundle), "failed to parse config.json"));
+        for (state, why) in cases {
+            let mut hook = kube_lxcfs();
+            let mut child = hook
+                .arg("hook")
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap();
+            child.stdin.take().unwrap().write_all(state.as_bytes()).unwrap();
+            let output = child.wait_with_output().unwrap();
+            assert!(
+                output.status.success() && stderr(&output).contains(why),
+                "{state}: {}",
+                stderr(&output)
+            );
+        }
+        // Even a wrong command line keeps no container from starting.
+        let output = run(&["hook", "--no-such-flag"]);
+        assert!(output.status.success() && stderr(&output).contains("--no-such-flag"));
+    });
 }

@@ -10,14 +10,7 @@ use kube::{
 };
 use serde_json::{Value, json};
 
-use crate::{
-    cluster::Cluster,
-    containers::ALWAYS,
-    harness::{
-        Bare, Containerd, IMAGE, Lxcfs, PodSpec, RunningPod, agent, eventually, eventually_true,
-        mountinfo, views,
-    },
-};
+use crate::harness::*;
 
 /// Everything, and a pod's life in both the API and the runtime.
 struct Node {
@@ -36,11 +29,11 @@ impl Node {
         Node { containerd: Containerd::start(), lxcfs: Lxcfs::start(), cluster, runtime, client }
     }
 
-    fn agent(&self, more: &[&str]) -> crate::harness::Running {
+    fn agent(&self, more: &[&str]) -> Running {
         self.agent_with(self.lxcfs.path(), more)
     }
 
-    fn agent_with(&self, lxcfs_path: &str, more: &[&str]) -> crate::harness::Running {
+    fn agent_with(&self, lxcfs_path: &str, more: &[&str]) -> Running {
         let endpoint = self.containerd.endpoint();
         let args = ["--node-name", "n1", "--lxcfs-path", lxcfs_path, "--cri-endpoint", &endpoint];
         let kubeconfig = self.cluster.kubeconfig("agent");
@@ -97,8 +90,9 @@ impl Node {
             .containers
             .iter()
             .map(|(name, id)| {
-                json!({"name": name, "containerID": format!("containerd://{id}"), "image": IMAGE, "imageID": "", "ready": true,
-                "restartCount": 0, "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}})
+                json!({"name": name, "containerID": format!("containerd://{id}"), "image": IMAGE,
+                    "imageID": "", "ready": true, "restartCount": 0,
+                    "state": {"running": {"startedAt": "2026-01-01T00:00:00Z"}}})
             })
             .collect();
         let patch =
@@ -120,231 +114,207 @@ impl Node {
     }
 
     fn has(&self, id: &str, files: usize) {
-        eventually(&format!("{id} has {files} view files"), || {
-            match views(&self.table(id)).len() {
-                n if n == files => Ok(()),
-                n => Err(format!("{n}")),
-            }
-        });
+        has_views(id, self.containerd.pid(id), files);
     }
 
-    /// Reasons and notes of the events on a pod, in the order they were told.
     fn events(&self, namespace: &str, pod: &str) -> Vec<(String, String)> {
-        let text = self.cluster.kubectl(&[
-            "get",
-            "events",
-            "-n",
-            namespace,
-            "--field-selector",
-            &format!("involvedObject.name={pod}"),
-            "-o",
-            "json",
-        ]);
-        let list: Value = serde_json::from_str(&text).unwrap();
-        let mut events: Vec<_> = list["items"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|e| {
-                (
-                    e["eventTime"].to_string(),
-                    e["reason"].as_str().unwrap().to_owned(),
-                    e["message"].as_str().unwrap().to_owned(),
-                )
-            })
-            .collect();
-        events.sort();
-        events.into_iter().map(|(_, reason, message)| (reason, message)).collect()
+        self.cluster.events(namespace, pod)
     }
 
     fn reasons(&self, namespace: &str, pod: &str, expected: &[&str]) {
-        eventually(&format!("the events on {pod}"), || {
-            let reasons: Vec<String> =
-                self.events(namespace, pod).into_iter().map(|(reason, _)| reason).collect();
-            if reasons == expected { Ok(()) } else { Err(format!("{reasons:?}")) }
-        });
+        self.cluster.reasons(namespace, pod, expected);
     }
 }
 
 const ALL: usize = ALWAYS.len();
 
 #[test]
-fn annotations_added_changed_and_removed_are_followed_while_the_containers_run() {
-    let node = Node::start();
-    node.namespace("shop", json!({}));
-    let pod = node.pod("shop", "web", json!({}), &["app", "proxy"]);
-    let alone = node.pod("shop", "alone", json!({}), &["app"]);
-    let before = node.table(&alone.containers["app"]);
-    let (app, proxy) = (&pod.containers["app"], &pod.containers["proxy"]);
-    let agent = node.agent(&[]);
-    let started = node.containerd.pid(app);
+fn annotation_changes_are_followed_without_restart() {
+    isolated(|| {
+        let node = Node::start();
+        node.namespace("shop", json!({}));
+        let pod = node.pod("shop", "web", json!({}), &["app", "proxy"]);
+        let alone = node.pod("shop", "alone", json!({}), &["app"]);
+        let before = node.table(&alone.containers["app"]);
+        let (app, proxy) = (&pod.containers["app"], &pod.containers["proxy"]);
+        let agent = node.agent(&[]);
+        let started = node.containerd.pid(app);
 
-    node.annotate("shop", "web", json!({"kube-lxcfs.io/inject": "true"}));
-    node.has(app, ALL);
-    node.has(proxy, ALL);
-    assert!(node.containerd.sees_its_own_memory(app));
-    node.reasons("shop", "web", &["LxcfsInjected"]);
-    let (_, note) = &node.events("shop", "web")[0];
-    assert!(note.contains("app: cpuinfo,") && note.contains("proxy: cpuinfo,"), "{note}");
+        node.annotate("shop", "web", json!({"kube-lxcfs.io/inject": "true"}));
+        node.has(app, ALL);
+        node.has(proxy, ALL);
+        assert!(node.containerd.sees_its_own_memory(app));
+        node.reasons("shop", "web", &["LxcfsInjected"]);
+        let (_, note) = &node.events("shop", "web")[0];
+        assert!(note.contains("app: cpuinfo,") && note.contains("proxy: cpuinfo,"), "{note}");
 
-    node.annotate("shop", "web", json!({"kube-lxcfs.io/files": "meminfo,uptime"}));
-    node.has(app, 2);
-    node.reasons("shop", "web", &["LxcfsInjected", "LxcfsRemoved"]);
-    node.annotate("shop", "web", json!({"kube-lxcfs.io/containers": "proxy"}));
-    node.has(app, 0);
-    node.has(proxy, 2);
-    node.reasons("shop", "web", &["LxcfsInjected", "LxcfsRemoved", "LxcfsRemoved"]);
+        node.annotate("shop", "web", json!({"kube-lxcfs.io/files": "meminfo,uptime"}));
+        node.has(app, 2);
+        node.reasons("shop", "web", &["LxcfsInjected", "LxcfsRemoved"]);
+        node.annotate("shop", "web", json!({"kube-lxcfs.io/containers": "proxy"}));
+        node.has(app, 0);
+        node.has(proxy, 2);
+        node.reasons("shop", "web", &["LxcfsInjected", "LxcfsRemoved", "LxcfsRemoved"]);
 
-    // What is not understood changes nothing, and is told.
-    node.annotate("shop", "web", json!({"kube-lxcfs.io/containers": "nobody"}));
-    node.reasons(
-        "shop",
-        "web",
-        &["LxcfsInjected", "LxcfsRemoved", "LxcfsRemoved", "LxcfsInvalidAnnotation"],
-    );
-    let (_, note) = node.events("shop", "web").pop().unwrap();
-    assert!(
-        note.contains("kube-lxcfs.io/containers: 'nobody'")
-            && note.contains("allowed are app, proxy"),
-        "{note}"
-    );
-    node.has(proxy, 2);
+        // An invalid value changes nothing, and is reported.
+        node.annotate("shop", "web", json!({"kube-lxcfs.io/containers": "nobody"}));
+        node.reasons(
+            "shop",
+            "web",
+            &["LxcfsInjected", "LxcfsRemoved", "LxcfsRemoved", "LxcfsInvalidAnnotation"],
+        );
+        let (_, note) = node.events("shop", "web").pop().unwrap();
+        assert!(
+            note.contains("kube-lxcfs.io/containers: 'nobody'")
+                && note.contains("valid names: app, proxy"),
+            "{note}"
+        );
+        node.has(proxy, 2);
 
-    node.annotate("shop", "web", json!({"kube-lxcfs.io/inject": "false"}));
-    node.has(proxy, 0);
-    assert!(!node.containerd.sees_its_own_memory(proxy));
-    node.annotate(
-        "shop",
-        "web",
-        json!({"kube-lxcfs.io/inject": null, "kube-lxcfs.io/containers": null, "kube-lxcfs.io/files": null}),
-    );
-    node.annotate("shop", "web", json!({"kube-lxcfs.io/inject": "true"}));
-    node.has(app, ALL);
+        node.annotate("shop", "web", json!({"kube-lxcfs.io/inject": "false"}));
+        node.has(proxy, 0);
+        assert!(!node.containerd.sees_its_own_memory(proxy));
+        node.annotate(
+            "shop",
+            "web",
+            json!({"kube-lxcfs.io/inject": null, "kube-lxcfs.io/containers": null,
+                "kube-lxcfs.io/files": null}),
+        );
+        node.annotate("shop", "web", json!({"kube-lxcfs.io/inject": "true"}));
+        node.has(app, ALL);
 
-    // A container that starts again gets its view again; one that is added later, an ephemeral one
-    // say, too.
-    node.containerd.stop_container(proxy);
-    let mut pod = pod.clone();
-    node.containerd.start_container(&mut pod, "proxy", 1);
-    node.status("shop", "web", &pod);
-    node.has(&pod.containers["proxy"], ALL);
+        // A container that starts again gets its view again; one that is added later, an ephemeral
+        // one say, too.
+        node.containerd.stop_container(proxy);
+        let mut pod = pod.clone();
+        node.containerd.start_container(&mut pod, "proxy", 1);
+        node.status("shop", "web", &pod);
+        node.has(&pod.containers["proxy"], ALL);
 
-    assert_eq!(
-        node.table(&alone.containers["app"]),
-        before,
-        "the pod that did not opt in is as it was"
-    );
-    assert!(node.events("shop", "alone").is_empty());
-    assert_eq!(node.containerd.pid(&pod.containers["app"]), started, "nothing was restarted");
+        assert_eq!(
+            node.table(&alone.containers["app"]),
+            before,
+            "the pod that did not opt in is as it was"
+        );
+        assert!(node.events("shop", "alone").is_empty());
+        assert_eq!(node.containerd.pid(&pod.containers["app"]), started, "nothing was restarted");
 
-    // Deleted from the API while it runs still: nothing more is done to it, and nothing breaks.
-    node.runtime
-        .block_on(
-            node.pods("shop").delete(
+        // Deleted from the API while it runs still: nothing more is done to it, and nothing breaks.
+        node.runtime
+            .block_on(node.pods("shop").delete(
                 "web",
                 &DeleteParams { grace_period_seconds: Some(0), ..Default::default() },
-            ),
+            ))
+            .unwrap();
+        node.annotate("shop", "alone", json!({"kube-lxcfs.io/inject": "true"}));
+        node.has(&alone.containers["app"], ALL);
+        assert!(!agent.log().contains("panicked"));
+        assert!(!agent.log().contains("orbidden"), "{}", agent.log());
+    });
+}
+
+#[test]
+fn namespace_label_is_the_default_of_its_pods() {
+    isolated(|| {
+        let node = Node::start();
+        node.namespace("in", json!({"kube-lxcfs.io/inject": "true"}));
+        node.namespace("later", json!({}));
+        let inside = node.pod("in", "a", json!({}), &["app"]);
+        let out = node.pod("in", "b", json!({"kube-lxcfs.io/inject": "false"}), &["app"]);
+        let later = node.pod("later", "c", json!({}), &["app"]);
+        let _agent = node.agent(&[]);
+        node.has(&inside.containers["app"], ALL);
+        node.relabel("later", json!("true"));
+        node.has(&later.containers["app"], ALL);
+        node.relabel("in", Value::Null);
+        node.has(&inside.containers["app"], 0);
+        node.relabel("later", json!("false"));
+        node.has(&later.containers["app"], 0);
+        node.relabel("in", json!("maybe"));
+        node.reasons("in", "a", &["LxcfsInjected", "LxcfsRemoved", "LxcfsInvalidAnnotation"]);
+        node.has(&out.containers["app"], 0);
+        assert!(node.events("in", "b").is_empty());
+    });
+}
+
+#[test]
+fn inject_by_default_applies_unless_opted_out() {
+    isolated(|| {
+        let node = Node::start();
+        node.namespace("x", json!({}));
+        let silent = node.pod("x", "silent", json!({}), &["app"]);
+        let out = node.pod("x", "out", json!({"kube-lxcfs.io/inject": "false"}), &["app"]);
+        let _agent = node.agent(&["--inject-by-default"]);
+        node.has(&silent.containers["app"], ALL);
+        node.has(&out.containers["app"], 0);
+    });
+}
+
+#[test]
+fn api_server_outage_loses_nothing() {
+    isolated(|| {
+        let mut node = Node::start();
+        node.namespace("shop", json!({}));
+        let a = node.pod("shop", "a", json!({"kube-lxcfs.io/inject": "true"}), &["app"]);
+        let b = node.pod("shop", "b", json!({}), &["app"]);
+        let first = node.agent(&[]);
+        node.has(&a.containers["app"], ALL);
+        let table = node.table(&a.containers["app"]);
+        node.cluster.down();
+        std::thread::sleep(Duration::from_secs(3));
+        assert_eq!(node.table(&a.containers["app"]), table);
+        node.cluster.up();
+        node.annotate("shop", "b", json!({"kube-lxcfs.io/inject": "true"}));
+        node.annotate("shop", "a", json!({"kube-lxcfs.io/inject": null}));
+        node.has(&b.containers["app"], ALL);
+        node.has(&a.containers["app"], 0);
+        node.reasons("shop", "a", &["LxcfsInjected", "LxcfsRemoved"]);
+        for subject in ["pods", "namespaces", "events"] {
+            let outages = first.logged(&[("subject", subject), ("outage", "started")]);
+            assert!(outages <= 1, "{subject}, logged {outages} times: {}", first.log());
+        }
+
+        // The next agent reconciles what changes while none runs.
+        let mut first = first;
+        first.terminate();
+        node.annotate("shop", "a", json!({"kube-lxcfs.io/inject": "true"}));
+        node.annotate("shop", "b", json!({"kube-lxcfs.io/inject": "false"}));
+        let _second = node.agent(&[]);
+        node.has(&a.containers["app"], ALL);
+        node.has(&b.containers["app"], 0);
+        node.reasons("shop", "b", &["LxcfsInjected", "LxcfsRemoved"]);
+    });
+}
+
+#[test]
+fn views_follow_when_lxcfs_starts_later() {
+    isolated(|| {
+        let node = Node::start();
+        node.namespace("shop", json!({}));
+        let pod = node.pod("shop", "a", json!({"kube-lxcfs.io/inject": "true"}), &["app"]);
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lxcfs");
+        std::fs::create_dir(&path).unwrap();
+        let agent = node.agent_with(path.to_str().unwrap(), &[]);
+        eventually_true("the outage is logged", || {
+            agent.logged(&[("subject", "lxcfs"), ("outage", "started")]) == 1
+        });
+        assert_eq!(get(&agent, "/readyz"), (503, "no lxcfs serves\n".into()));
+        node.reasons("shop", "a", &["LxcfsInjectFailed"]);
+        // The mount comes from elsewhere, as from another pod: a bind of the one that serves.
+        nix::mount::mount(
+            Some(&node.lxcfs.path),
+            &path,
+            None::<&str>,
+            nix::mount::MsFlags::MS_BIND,
+            None::<&str>,
         )
         .unwrap();
-    node.annotate("shop", "alone", json!({"kube-lxcfs.io/inject": "true"}));
-    node.has(&alone.containers["app"], ALL);
-    assert!(!agent.log().contains("panicked"));
-    assert!(!agent.log().contains("orbidden"), "{}", agent.log());
-}
-
-#[test]
-fn a_namespaces_label_is_the_default_of_its_pods() {
-    let node = Node::start();
-    node.namespace("in", json!({"kube-lxcfs.io/inject": "true"}));
-    node.namespace("later", json!({}));
-    let inside = node.pod("in", "a", json!({}), &["app"]);
-    let out = node.pod("in", "b", json!({"kube-lxcfs.io/inject": "false"}), &["app"]);
-    let later = node.pod("later", "c", json!({}), &["app"]);
-    let _agent = node.agent(&[]);
-    node.has(&inside.containers["app"], ALL);
-    node.relabel("later", json!("true"));
-    node.has(&later.containers["app"], ALL);
-    node.relabel("in", Value::Null);
-    node.has(&inside.containers["app"], 0);
-    node.relabel("later", json!("false"));
-    node.has(&later.containers["app"], 0);
-    node.relabel("in", json!("maybe"));
-    node.reasons("in", "a", &["LxcfsInjected", "LxcfsRemoved", "LxcfsInvalidAnnotation"]);
-    node.has(&out.containers["app"], 0);
-    assert!(node.events("in", "b").is_empty());
-}
-
-#[test]
-fn with_inject_by_default_pods_are_in_unless_they_say_otherwise() {
-    let node = Node::start();
-    node.namespace("x", json!({}));
-    let silent = node.pod("x", "silent", json!({}), &["app"]);
-    let out = node.pod("x", "out", json!({"kube-lxcfs.io/inject": "false"}), &["app"]);
-    let _agent = node.agent(&["--inject-by-default"]);
-    node.has(&silent.containers["app"], ALL);
-    node.has(&out.containers["app"], 0);
-}
-
-#[test]
-fn an_api_server_that_goes_and_comes_loses_nothing() {
-    let mut node = Node::start();
-    node.namespace("shop", json!({}));
-    let a = node.pod("shop", "a", json!({"kube-lxcfs.io/inject": "true"}), &["app"]);
-    let b = node.pod("shop", "b", json!({}), &["app"]);
-    let first = node.agent(&[]);
-    node.has(&a.containers["app"], ALL);
-    let table = node.table(&a.containers["app"]);
-    node.cluster.down();
-    std::thread::sleep(Duration::from_secs(3));
-    assert_eq!(node.table(&a.containers["app"]), table);
-    node.cluster.up();
-    node.annotate("shop", "b", json!({"kube-lxcfs.io/inject": "true"}));
-    node.annotate("shop", "a", json!({"kube-lxcfs.io/inject": null}));
-    node.has(&b.containers["app"], ALL);
-    node.has(&a.containers["app"], 0);
-    node.reasons("shop", "a", &["LxcfsInjected", "LxcfsRemoved"]);
-    for what in ["pods cannot be watched", "namespaces cannot be watched", "events wait"] {
-        let told = first.log().lines().filter(|l| l.contains("WARN") && l.contains(what)).count();
-        assert!(told <= 1, "{what}, told {told} times: {}", first.log());
-    }
-
-    // What changes while no agent runs is made so by the next one, and what is right is not
-    // touched.
-    let mut first = first;
-    first.terminate();
-    node.annotate("shop", "a", json!({"kube-lxcfs.io/inject": "true"}));
-    node.annotate("shop", "b", json!({"kube-lxcfs.io/inject": "false"}));
-    let _second = node.agent(&[]);
-    node.has(&a.containers["app"], ALL);
-    node.has(&b.containers["app"], 0);
-    node.reasons("shop", "b", &["LxcfsInjected", "LxcfsRemoved"]);
-}
-
-#[test]
-fn views_wait_for_an_lxcfs_that_is_not_there_yet() {
-    let node = Node::start();
-    node.namespace("shop", json!({}));
-    let pod = node.pod("shop", "a", json!({"kube-lxcfs.io/inject": "true"}), &["app"]);
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("lxcfs");
-    std::fs::create_dir(&path).unwrap();
-    let agent = node.agent_with(path.to_str().unwrap(), &[]);
-    eventually_true("it says so", || agent.log().contains("views wait for lxcfs"));
-    node.reasons("shop", "a", &["LxcfsInjectFailed"]);
-    // The mount comes from elsewhere, as from another pod: a bind of the one that serves.
-    nix::mount::mount(
-        Some(&node.lxcfs.path),
-        &path,
-        None::<&str>,
-        nix::mount::MsFlags::MS_BIND,
-        None::<&str>,
-    )
-    .unwrap();
-    let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        node.has(&pod.containers["app"], ALL)
-    }));
-    crate::harness::unmount(&path);
-    done.unwrap();
-    node.reasons("shop", "a", &["LxcfsInjectFailed", "LxcfsInjected"]);
-    drop(Bare::start());
+        let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            node.has(&pod.containers["app"], ALL)
+        }));
+        unmount(&path);
+        done.unwrap();
+        node.reasons("shop", "a", &["LxcfsInjectFailed", "LxcfsInjected"]);
+    });
 }

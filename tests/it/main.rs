@@ -9,7 +9,6 @@
 )]
 
 mod chart;
-mod cluster;
 mod command_line;
 mod containers;
 mod harness;

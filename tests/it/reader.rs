@@ -1,12 +1,18 @@
-//! A reader inside a container: opens and reads view files again and again, and counts what it sees. Compiled by the tests,
-//! statically, so that it runs in any container; see `Reader` in harness.rs.
+//! A reader inside a container: opens and reads view files all the time, and counts what it sees.
+//! The tests compile it statically, so that it runs in any container; see harness/reader.rs.
 //!
 //!     reader OUT OWN_KIB PAUSE_MS FILE...
 //!
-//! Begins when OUT.go is there and ends when OUT.stop is; then OUT says `own host errors last_error_ns last_host_ns rounds`, times
-//! since the epoch. And again.
+//! It starts when OUT.go exists and stops when OUT.stop does. Then OUT has
+//! `own host errors last_error last_host rounds`, times in ns since the epoch. Then it waits for
+//! OUT.go again.
 
-use std::{fs, io::Read, path::Path, time::{Duration, SystemTime, UNIX_EPOCH}};
+use std::{
+    fs,
+    io::Read,
+    path::Path,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 fn now() -> u128 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_nanos()
@@ -19,24 +25,30 @@ fn read(path: &str, text: &mut Vec<u8>) -> std::io::Result<()> {
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
-    let [_, out, own_kib, pause, files @ ..] = args.as_slice() else { panic!("reader OUT OWN_KIB PAUSE_MS FILE...") };
+    let [_, out, own_kib, pause, files @ ..] = args.as_slice() else {
+        panic!("reader OUT OWN_KIB PAUSE_MS FILE...")
+    };
     let own_total = own_kib.as_bytes();
     let pause = Duration::from_millis(pause.parse().expect("a number of milliseconds"));
     loop {
         while fs::remove_file(format!("{out}.go")).is_err() {
             std::thread::sleep(Duration::from_millis(100));
         }
-        count(out, own_total, pause, files);
+        let counts = count(out, own_total, pause, files);
+        let part = format!("{out}.part");
+        let written = fs::write(&part, counts).and_then(|()| fs::rename(&part, out));
+        written.expect("the directory is writable");
     }
 }
 
-fn count(out: &str, own_total: &[u8], pause: Duration, files: &[String]) {
+fn count(out: &str, own_total: &[u8], pause: Duration, files: &[String]) -> String {
     let stop = format!("{out}.stop");
-    let (mut own, mut host, mut errors, mut last_error, mut last_host, mut rounds) = (0u64, 0u64, 0u64, 0u128, 0u128, 0usize);
+    let (mut own, mut host, mut errors, mut rounds) = (0, 0, 0, 0);
+    let (mut last_error, mut last_host) = (0, 0);
     let mut text = Vec::new();
-    fs::write(format!("{out}.started"), "").expect("the folder is writable");
+    fs::write(format!("{out}.started"), "").expect("the directory is writable");
     while !Path::new(&stop).exists() {
-        // MemTotal tells whose value it is; of the others one each time.
+        // MemTotal shows whose value it is; of the other files one is read each time.
         for path in ["/proc/meminfo", files[rounds % files.len()].as_str()] {
             match read(path, &mut text) {
                 Ok(()) if path == "/proc/meminfo" => {
@@ -58,6 +70,5 @@ fn count(out: &str, own_total: &[u8], pause: Duration, files: &[String]) {
         rounds += 1;
         std::thread::sleep(pause);
     }
-    let told = format!("{own} {host} {errors} {last_error} {last_host} {rounds}");
-    fs::write(format!("{out}.part"), told).and_then(|()| fs::rename(format!("{out}.part"), out)).expect("the folder is writable");
+    format!("{own} {host} {errors} {last_error} {last_host} {rounds}")
 }

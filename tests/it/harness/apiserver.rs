@@ -16,20 +16,31 @@ use kube::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::harness::*;
+use super::{Running, cache, eventually, program, stderr, stdout};
 
 const ADMIN: &str = "admin-token";
 const AGENT: &str = "agent-token";
 
 /// What the agent may do, and nothing more.
-const RBAC: &str = r#"{"apiVersion":"v1","kind":"List","items":[
-{"apiVersion":"rbac.authorization.k8s.io/v1","kind":"ClusterRole","metadata":{"name":"kube-lxcfs"},"rules":[
- {"apiGroups":[""],"resources":["pods","namespaces"],"verbs":["list","watch"]},
- {"apiGroups":["events.k8s.io"],"resources":["events"],"verbs":["create"]}]},
-{"apiVersion":"rbac.authorization.k8s.io/v1","kind":"ClusterRoleBinding","metadata":{"name":"kube-lxcfs"},
- "roleRef":{"apiGroup":"rbac.authorization.k8s.io","kind":"ClusterRole","name":"kube-lxcfs"},
- "subjects":[{"kind":"User","name":"kube-lxcfs","apiGroup":"rbac.authorization.k8s.io"}]}]}"#;
+const RBAC: &str = r#"
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata:
+  name: kube-lxcfs
+rules:
+- {apiGroups: [""], resources: [pods, namespaces], verbs: [list, watch]}
+- {apiGroups: [events.k8s.io], resources: [events], verbs: [create]}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata:
+  name: kube-lxcfs
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: kube-lxcfs}
+subjects:
+- {kind: User, name: kube-lxcfs, apiGroup: rbac.authorization.k8s.io}
+"#;
 
+/// etcd and the API server.
 #[derive(Debug)]
 pub(crate) struct Cluster {
     dir: TempDir,
@@ -43,7 +54,7 @@ fn free_port() -> u16 {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
 }
 
-/// The folder of kube-apiserver, as hack/kubernetes.sh finds or builds it.
+/// The directory of kube-apiserver, as hack/kubernetes.sh finds or builds it.
 fn assets() -> PathBuf {
     match std::env::var_os("KUBEBUILDER_ASSETS") {
         Some(dir) => dir.into(),
@@ -102,7 +113,7 @@ impl Cluster {
         cluster.up();
         cluster.write_kubeconfig("admin", ADMIN);
         cluster.write_kubeconfig("agent", AGENT);
-        let list = at_path(&cluster.dir, "rbac.json");
+        let list = at_path(&cluster.dir, "rbac.yaml");
         fs::write(&list, RBAC).unwrap();
         cluster.kubectl(&["apply", "-f", list.to_str().unwrap()]);
         cluster
@@ -149,8 +160,10 @@ impl Cluster {
     }
 
     fn write_kubeconfig(&self, name: &str, token: &str) {
-        let config = serde_json::json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "clusters": [{"name": "c", "cluster": {"server": format!("https://127.0.0.1:{}", self.port), "insecure-skip-tls-verify": true}}],
+        let server = format!("https://127.0.0.1:{}", self.port);
+        let config = json!({"apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "clusters": [{"name": "c",
+                "cluster": {"server": server, "insecure-skip-tls-verify": true}}],
             "users": [{"name": "u", "user": {"token": token}}],
             "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}]});
         fs::write(self.kubeconfig(name), config.to_string()).unwrap();
@@ -175,6 +188,38 @@ impl Cluster {
         let output = self.try_kubectl(args);
         assert!(output.status.success(), "kubectl {args:?}: {}", stderr(&output));
         stdout(&output)
+    }
+
+    /// Reasons and notes of the Events on a pod, oldest first.
+    pub(crate) fn events(&self, namespace: &str, pod: &str) -> Vec<(String, String)> {
+        let selector = format!("involvedObject.name={pod}");
+        let text = self.kubectl(&[
+            "get",
+            "events",
+            "-n",
+            namespace,
+            "--field-selector",
+            &selector,
+            "-o",
+            "json",
+        ]);
+        let list: Value = serde_json::from_str(&text).unwrap();
+        let field = |event: &Value, name: &str| event[name].as_str().unwrap().to_owned();
+        let events = list["items"].as_array().unwrap().iter();
+        let mut events: Vec<_> = events
+            .map(|e| (e["eventTime"].to_string(), field(e, "reason"), field(e, "message")))
+            .collect();
+        events.sort();
+        events.into_iter().map(|(_, reason, message)| (reason, message)).collect()
+    }
+
+    /// Waits until the Events on a pod have these reasons.
+    pub(crate) fn reasons(&self, namespace: &str, pod: &str, expected: &[&str]) {
+        eventually(&format!("the Events on {pod}"), || {
+            let events = self.events(namespace, pod);
+            let reasons: Vec<&str> = events.iter().map(|(reason, _)| reason.as_str()).collect();
+            if reasons == expected { Ok(()) } else { Err(format!("{reasons:?}")) }
+        });
     }
 
     /// A client for the administrator.
@@ -220,20 +265,28 @@ impl Pods {
 
     /// A pod with one container, which runs.
     pub(crate) fn run(&self, name: &str, id: &str, annotations: Value) {
+        self.create(name, annotations);
+        let id = format!("containerd://{id}");
+        let status = json!({"status": {"phase": "Running", "containerStatuses": [
+            {"name": "app", "image": "x", "imageID": "", "containerID": id, "ready": true,
+            "restartCount": 0, "state": {"running": {}}}]}});
+        let patch = Patch::Merge(status);
+        let params = PatchParams::default();
+        self.runtime.block_on(self.api.patch_status(name, &params, &patch)).unwrap();
+    }
+
+    /// A pod whose one container has no status yet. Returns its uid.
+    pub(crate) fn create(&self, name: &str, annotations: Value) -> String {
         let pod = json!({"metadata": {"name": name, "annotations": annotations},
             "spec": {"nodeName": "n1", "containers": [{"name": "app", "image": "x"}]}});
-        let status = json!({"status": {"phase": "Running", "containerStatuses": [{"name": "app", "image": "x", "imageID": "",
-            "containerID": format!("containerd://{id}"), "ready": true, "restartCount": 0, "state": {"running": {}}}]}});
-        self.runtime.block_on(async {
-            self.api
-                .create(&PostParams::default(), &serde_json::from_value(pod).unwrap())
-                .await
-                .unwrap();
-            self.api
-                .patch_status(name, &PatchParams::default(), &Patch::Merge(status))
-                .await
-                .unwrap();
-        });
+        let pod: Pod = serde_json::from_value(pod).unwrap();
+        let created = self.runtime.block_on(self.api.create(&PostParams::default(), &pod));
+        created.unwrap().metadata.uid.unwrap()
+    }
+
+    /// Waits until the Events on a pod have these reasons.
+    pub(crate) fn reasons(&self, pod: &str, expected: &[&str]) {
+        self.cluster.reasons("default", pod, expected);
     }
 
     pub(crate) fn annotate(&self, name: &str, annotations: Value) {

@@ -1,0 +1,152 @@
+//! lxcfs, alone or run by `kube-lxcfs lxcfs`.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use nix::sys::signal::Signal;
+use tempfile::TempDir;
+
+use super::{Running, eventually, kube_lxcfs, program, send, unmount};
+
+/// An lxcfs without a supervisor.
+#[derive(Debug)]
+pub(crate) struct Lxcfs {
+    pub(crate) path: PathBuf,
+    pub(crate) process: Running,
+    dir: TempDir,
+}
+
+impl Lxcfs {
+    pub(crate) fn start() -> Lxcfs {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lxcfs");
+        fs::create_dir(&path).unwrap();
+        let process = Lxcfs::serve(&path, dir.path());
+        Lxcfs { path, process, dir }
+    }
+
+    /// Starts it again at the same path.
+    pub(crate) fn restart(&mut self) {
+        self.process = Lxcfs::serve(&self.path, self.dir.path());
+    }
+
+    fn serve(path: &Path, dir: &Path) -> Running {
+        let mut lxcfs = program("lxcfs");
+        lxcfs
+            .args(["-f", "-l", "--enable-cfs", "--enable-pidfd", "-p"])
+            .arg(dir.join("pid"))
+            .arg(path);
+        let process = Running::start(&mut lxcfs, &dir.join("log"));
+        wait_until_serving(path, &process);
+        process
+    }
+
+    pub(crate) fn path(&self) -> &str {
+        self.path.to_str().unwrap()
+    }
+}
+
+impl Drop for Lxcfs {
+    fn drop(&mut self) {
+        self.process.kill();
+        unmount(&self.path);
+    }
+}
+
+fn wait_until_serving(path: &Path, process: &Running) {
+    eventually("lxcfs serves", || {
+        fs::read_to_string(path.join("proc/uptime")).map_err(|e| format!("{e}: {}", process.log()))
+    });
+}
+
+/// An lxcfs run by `kube-lxcfs lxcfs`.
+#[derive(Debug)]
+pub(crate) struct Supervised {
+    pub(crate) path: PathBuf,
+    pub(crate) supervisor: Running,
+    dir: TempDir,
+    args: Vec<String>,
+    /// Earlier supervisors. They are reaped at the end: one may wait for an lxcfs that hangs.
+    previous: Vec<Running>,
+}
+
+impl Supervised {
+    pub(crate) fn start(args: &[&str]) -> Supervised {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lxcfs");
+        Supervised::with(path, dir, args)
+    }
+
+    /// At this path.
+    pub(crate) fn at(path: &Path) -> Supervised {
+        Supervised::with(path.to_owned(), tempfile::tempdir().unwrap(), &[])
+    }
+
+    fn with(path: PathBuf, dir: TempDir, args: &[&str]) -> Supervised {
+        let args: Vec<String> = args.iter().map(|s| (*s).to_owned()).collect();
+        let supervisor = Supervised::spawn(&path, dir.path(), &args);
+        let supervised = Supervised { path, supervisor, dir, args, previous: Vec::new() };
+        supervised.wait_until_serving();
+        supervised
+    }
+
+    fn spawn(path: &Path, dir: &Path, args: &[String]) -> Running {
+        let mut command = kube_lxcfs();
+        command.args(["lxcfs", "--log-format", "json", "--lxcfs-path"]).arg(path).args(args);
+        Running::start(&mut command, &dir.join("supervisor.log"))
+    }
+
+    /// Starts the supervisor again, after it was terminated or killed.
+    pub(crate) fn restart(&mut self) {
+        let supervisor = Supervised::spawn(&self.path, self.dir.path(), &self.args);
+        self.previous.push(std::mem::replace(&mut self.supervisor, supervisor));
+    }
+
+    pub(crate) fn wait_until_serving(&self) {
+        wait_until_serving(&self.path, &self.supervisor);
+    }
+
+    /// The pid of the lxcfs that the supervisor runs now.
+    pub(crate) fn lxcfs(&self) -> i32 {
+        let supervisor = self.supervisor.pid();
+        eventually("lxcfs runs", || {
+            let children = format!("/proc/{supervisor}/task/{supervisor}/children");
+            let children = fs::read_to_string(children).unwrap_or_default();
+            // At its start the supervisor also runs `lxcfs --help`.
+            let serves = |pid: &i32| {
+                fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|args| {
+                    let args: Vec<&[u8]> = args.split(|b| *b == 0).collect();
+                    args.contains(&&b"-f"[..])
+                        && args.contains(&self.path.as_os_str().as_encoded_bytes())
+                })
+            };
+            let mut pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+            pids.find(serves).ok_or_else(|| self.supervisor.log())
+        })
+    }
+
+    pub(crate) fn signal_lxcfs(&self, signal: Signal) {
+        send(self.lxcfs(), signal);
+    }
+
+    pub(crate) fn path(&self) -> &str {
+        self.path.to_str().unwrap()
+    }
+}
+
+impl Drop for Supervised {
+    fn drop(&mut self) {
+        let lxcfs = |process: &procfs::process::Process| {
+            process.cmdline().is_ok_and(|args| args.iter().any(|arg| Path::new(arg) == self.path))
+        };
+        let _ = self.supervisor.child.kill();
+        for process in procfs::process::all_processes().into_iter().flatten().flatten() {
+            if lxcfs(&process) {
+                send(process.pid, Signal::SIGKILL);
+            }
+        }
+        unmount(&self.path);
+    }
+}
