@@ -147,11 +147,15 @@ has() { grep "$@" >/dev/null; }
 # deployment NAME REPLICAS ANNOTATION [SCRIPT]: pods with a memory limit of 64 MiB. By default each
 # pod keeps reading, and counts its failed reads.
 deployment() {
-    local reads='head -1 /proc/meminfo >/tmp/first; : >/tmp/errors
-        while :; do
-            cat /proc/meminfo /proc/uptime >/dev/null 2>>/tmp/errors
-            sleep 0.05
-        done'
+    local script indent='              ' reads='
+head -1 /proc/meminfo >/tmp/first
+: >/tmp/errors
+while :; do
+    cat /proc/meminfo /proc/uptime >/dev/null 2>>/tmp/errors
+    sleep 0.05
+done'
+    script=${4:-$reads}
+    script=$indent${script//$'\n'/$'\n'$indent}
     kubectl apply -f - <<YAML >/dev/null
 apiVersion: apps/v1
 kind: Deployment
@@ -167,7 +171,11 @@ spec:
         - name: app
           image: $busybox
           imagePullPolicy: $pull
-          command: [sh, -c, '${4:-$reads}']
+          command:
+            - sh
+            - -c
+            - |
+$script
           resources: {requests: {cpu: 10m, memory: 64Mi}, limits: {cpu: 500m, memory: 64Mi}}
 YAML
     kubectl rollout status "deployment/$1" --timeout=240s >/dev/null
@@ -425,10 +433,11 @@ views_return_after_a_reboot_of_the_node() {
 without_nri_and_runtime_events_the_watch_suffices() {
     local pod
     # shellcheck disable=SC2016 # for the shell in the pod
-    local script='n=0
-        until grep "^MemTotal: *65536 kB" /proc/meminfo; do usleep 10000; n=$((n + 1)); done
-        echo $n >/tmp/late
-        sleep 1000000'
+    local script='
+n=0
+until grep "^MemTotal: *65536 kB" /proc/meminfo; do usleep 10000; n=$((n + 1)); done
+echo $n >/tmp/late
+sleep 1000000'
     install_second --set nri.mode=off,runtime.events=off
     rolled_out agent
     deployment late 3 "$opt_in" "$script"
