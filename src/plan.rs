@@ -78,11 +78,12 @@ impl fmt::Display for UnusableBase {
     }
 }
 
-/// The mounts of a container that matter: those on the view files' paths that can be reached,
-/// bottom first, and the bases that cannot hold a view file.
+/// The mounts of a container that the plan depends on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ObservedMounts {
+    /// The reachable mounts on each view file's path, bottom first.
     pub layers: BTreeMap<ViewFile, Vec<Layer>>,
+    /// The bases that cannot hold a view file.
     pub unusable: BTreeMap<BaseFs, UnusableBase>,
 }
 

@@ -146,7 +146,7 @@ impl From<runtime::Error> for Completion {
             runtime::Error::NotRunning(_)
             | runtime::Error::Cri(_)
             | runtime::Error::Process(ProcessError::NotFound(_)) => {
-                tracing::debug!("{e}");
+                tracing::debug!(cause = %e, "container not running");
                 Completion::NotRunning
             }
             runtime::Error::GuestKernel { .. } => Completion::Unsupported { why: e.to_string() },

@@ -155,17 +155,24 @@ impl Watchers {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
+    async fn error_of(watchers: &mut Watchers) -> String {
+        let stopped = tokio::time::timeout(Duration::from_secs(10), watchers.stopped()).await;
+        stopped.expect("a watcher stopped").to_string()
+    }
+
     #[tokio::test]
-    async fn watcher_that_stops_is_an_error() {
+    async fn watcher_that_panics_or_returns_is_an_error() {
         let mut watchers = Watchers::default();
         watchers.spawn("a", std::future::pending());
         watchers.spawn("b", async { panic!("on purpose") });
-        let error = watchers.stopped().await.to_string();
+        let error = error_of(&mut watchers).await;
         assert!(error.starts_with("b stopped:") && error.contains("panicked"), "{error}");
         watchers.spawn("c", async {});
-        let error = watchers.stopped().await.to_string();
+        let error = error_of(&mut watchers).await;
         assert!(error.starts_with("c stopped: it returned"), "{error}");
     }
 }

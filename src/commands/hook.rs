@@ -28,17 +28,15 @@ pub(super) async fn run(common: Common, args: HookArgs) -> ExitCode {
     if !args.in_process {
         run_with_timeout(args.log_file.as_deref()).await;
     } else if let Err(e) = inject_if_desired(&common, args.inject_by_default).await {
-        tracing::warn!(
-            "the container starts without a view: {}",
-            format!("{e:#}").replace('\n', " ")
-        );
+        let cause = format!("{e:#}").replace('\n', " ");
+        tracing::warn!(cause, "the container starts without a view");
     }
     ExitCode::SUCCESS
 }
 
 /// Runs this command as a child, with the same stdin, for up to [`TIMEOUT`], and copies its log to
 /// stderr and `log_file`. A thread that waits for a hung lxcfs cannot be killed, and its process
-/// does not exit: so the runtime must not wait for that process.
+/// does not exit. The runtime must not wait for that process.
 async fn run_with_timeout(log_file: Option<&Path>) {
     let child = async {
         let mut command = tokio::process::Command::new("/proc/self/exe");

@@ -21,7 +21,7 @@ pub(super) async fn run(common: Common, output: Output) -> Result<ExitCode> {
     let serving = match lxcfs::find(&workers, &common.lxcfs_path).await {
         Ok(lxcfs) => Some(lxcfs.dev),
         Err(e) => {
-            tracing::warn!("{e}");
+            tracing::warn!(cause = %e, "no lxcfs serves");
             None
         }
     };

@@ -163,7 +163,7 @@ fn open(path: &Path) -> Result<LxcfsFiles, Error> {
             Err(Errno::NOTCONN | Errno::CONNABORTED) => return Err(Error::Dead(path.to_owned())),
             // This lxcfs does not have it, or not on this kernel: lxcfs 6 refuses /proc/pressure
             // where the kernel has none.
-            Err(e) => tracing::debug!(%file, "not served by lxcfs: {e}"),
+            Err(cause) => tracing::debug!(%file, %cause, "view file not served by lxcfs"),
         }
     }
     probe(&root).map_err(|cause| match cause.raw_os_error() {

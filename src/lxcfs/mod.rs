@@ -41,8 +41,8 @@ pub enum Error {
 }
 
 /// Identifies the lxcfs that is mounted at a path. Two at different times are the same only if both
-/// numbers are: the kernel gives a device number to the next file system as soon as the last mount
-/// of the old one is detached.
+/// numbers are. When the last mount of a file system is detached, the kernel gives its device
+/// number to the next file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Identity {
     pub dev: Dev,

@@ -48,8 +48,8 @@ fn fuse_processes() -> impl Iterator<Item = FuseProcess> {
     })
 }
 
-/// The process that serves a mount: the one with its connection, and on kernels whose fdinfo names
-/// no connection the lxcfs whose arguments name the path.
+/// The process that serves a mount: the one with its connection. On kernels whose fdinfo names no
+/// connection, it is the lxcfs whose arguments name the path.
 pub(super) fn serving_process(identity: Identity, path: &Path) -> Option<Process> {
     let serves = |fuse: &FuseProcess| match fuse.connection {
         Some(minor) => identity.dev.major == 0 && minor == identity.dev.minor,

@@ -167,7 +167,7 @@ impl Drop for RestoreNs<'_> {
             // The descriptor is open and the capability was present on the way in, so this cannot
             // fail. But a thread that stays in a container must not go on, and an agent
             // that restarts loses nothing.
-            tracing::error!("failed to return from a container's mount namespace: {e}");
+            tracing::error!(cause = %e, "failed to return from a container's mount namespace");
             std::process::abort();
         }
     }

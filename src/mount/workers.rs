@@ -165,8 +165,8 @@ impl Pool {
             self.hung.fetch_sub(1, Ordering::SeqCst);
             return;
         }
-        if let Err(e) = self.spawn() {
-            tracing::error!("failed to replace a hung worker thread: {e}");
+        if let Err(cause) = self.spawn() {
+            tracing::error!(%cause, "failed to replace a hung worker thread");
         }
     }
 

@@ -1,7 +1,7 @@
 //! Containers to processes: over CRI where a runtime responds, else from `/proc/*/cgroup`.
 //!
 //! A pid is bound to its container's id through a pidfd: the pidfd is opened first, then the cgroup
-//! is compared, so that a reused pid is never entered. Independent of mounts and pods.
+//! is compared. A reused pid is never entered. Independent of mounts and pods.
 
 pub mod cgroup;
 pub mod cri;

@@ -263,8 +263,8 @@ fn into_pod(pod: SlimPod) -> Pod {
 mod tests {
     use super::*;
 
-    /// As a 1.33 API server returns it, with an init container that has exited, a sidecar (an init
-    /// container that runs on), an ephemeral container, and `hostUsers: false`.
+    /// A pod as a 1.33 API server returns it. Of its init containers one has exited and one is a
+    /// sidecar, which still runs. It has an ephemeral container, and `hostUsers: false`.
     const POD: &str = r#"{
         "metadata": {"name": "web", "namespace": "shop", "uid": "u-1", "resourceVersion": "42",
             "annotations": {"kube-lxcfs.io/inject": "true", "other": "x"},

@@ -88,8 +88,8 @@ pub fn probe_mount_setattr() -> io::Result<()> {
 }
 
 fn mount_setattr(fd: RawFd, attr: &MountAttr) -> io::Result<()> {
-    // SAFETY: the path is a NUL-terminated literal, `attr` points to a live `struct mount_attr` of
-    // the size given, and the call keeps neither; a bad descriptor is an error of the call.
+    // SAFETY: the path is a NUL-terminated literal, and `attr` points to a live `struct mount_attr`
+    // of the size given. The call keeps neither. A bad descriptor is an error of the call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,

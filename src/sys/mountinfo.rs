@@ -189,7 +189,7 @@ fn number<T: FromStr>(field: &[u8]) -> Option<T> {
 }
 
 /// Undoes the kernel's `\ooo` (three octal digits, one byte). The kernel so writes space, tab,
-/// newline, backslash and, in types and sources, `#`; every other byte stands for itself, valid
+/// newline, backslash and, in types and sources, `#`. Every other byte stands for itself, valid
 /// UTF-8 or not (fs/proc_namespace.c, fs/seq_file.c).
 fn unescape(field: &[u8]) -> Cow<'_, [u8]> {
     if !field.contains(&b'\\') {

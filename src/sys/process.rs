@@ -66,8 +66,8 @@ impl Process {
     }
 
     /// Sets the root of a container that has not yet changed it (pivot_root(2)), as when a runtime
-    /// runs its hooks: the path of the root file system in the container's mount namespace,
-    /// without links.
+    /// runs its hooks. `root` is the path of the root file system in the container's mount
+    /// namespace, without links.
     pub fn with_root(self, root: PathBuf) -> Process {
         Process { root, ..self }
     }

@@ -109,22 +109,21 @@ impl Events {
         let PodEvent { pod, reason, note } = &event;
         let pod = format!("{}/{}", pod.namespace, pod.name);
         if reason.is_warning() {
-            tracing::warn!(pod, ?reason, "{note}");
+            tracing::warn!(pod, ?reason, note, "pod event");
         } else {
             // The log already has it, container by container.
-            tracing::debug!(pod, ?reason, "{note}");
+            tracing::debug!(pod, ?reason, note, "pod event");
         }
         if let Some(sender) = &self.0
             && sender.try_send(event).is_err()
         {
-            tracing::warn!(pod, "dropped an event: the queue for the API server is full");
+            tracing::warn!(pod, "event dropped, the queue for the API server is full");
         }
     }
 }
 
 /// Whether a retry is useless: the event is malformed, or its namespace does not exist or is being
-/// deleted. An API server that has just started forbids everything for a moment, until it has read
-/// its roles.
+/// deleted. An API server that has just started forbids every request until it has read its roles.
 fn is_final(status: &kube::core::Status) -> bool {
     match status.code {
         403 => status.message.contains("being terminated"),
@@ -180,7 +179,7 @@ async fn publish_with_retries(
                 pod = format!("{namespace}/{name}"),
                 ?reason,
                 cause = why,
-                "dropped an event after retries"
+                "event dropped after retries"
             );
             return;
         }

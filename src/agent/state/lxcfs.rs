@@ -29,7 +29,7 @@ impl State {
         self.sweeps -= 1;
     }
 
-    /// Takes the result of [`Actions::find_lxcfs`].
+    /// Takes the result of [`find_lxcfs`](super::Actions::find_lxcfs).
     pub fn lxcfs_found(&mut self, found: Result<(), String>, now: Instant) {
         let LxcfsState::Finding { attempt } = self.lxcfs else { return };
         let Err(why) = found else {
