@@ -80,6 +80,7 @@ pub enum PodSource {
 pub enum CriEvents {
     /// Use them if the runtime has them and is the source of pids or pods.
     Auto,
+    /// Do not use them.
     Off,
 }
 

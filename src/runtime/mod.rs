@@ -19,7 +19,9 @@ use crate::{
 pub enum PidSource {
     /// CRI where it responds, else `/proc`.
     Auto,
+    /// CRI only.
     Cri,
+    /// `/proc` only.
     Proc,
 }
 

@@ -58,6 +58,7 @@ const LISTEN_DELAY: Duration = Duration::from_millis(50);
 pub enum NriMode {
     /// Use it if the runtime has it.
     Auto,
+    /// Do not use it.
     Off,
     /// The agent exits with an error if the runtime does not have it.
     Required,
