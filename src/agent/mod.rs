@@ -18,10 +18,10 @@ use tokio::{
 
 use self::{
     reconciler::Reconciler,
-    state::{Actions, Completion, State},
+    state::{Completion, State},
 };
 use crate::{
-    lxcfs::{self, Change, Finder},
+    lxcfs::{self, Change, SharedLxcfs},
     model::{
         container_id::ContainerId,
         pod::{Trigger, Update},
@@ -55,7 +55,7 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(1);
 pub struct Dependencies {
     pub workers: Workers,
     pub runtime: Runtime,
-    pub finder: Finder,
+    pub lxcfs: SharedLxcfs,
     pub events: Events,
     pub state: State,
     /// Pod-provided lxcfs files are kept current too.
@@ -75,10 +75,10 @@ pub struct Inputs {
 /// The messages of spawned tasks to the loop.
 #[derive(Debug)]
 enum Message {
-    /// The result of a search. `generation` is the one in which the search started.
-    LxcfsFound {
+    /// The result of an operation's search for lxcfs. The operation started in `generation`.
+    LxcfsSearched {
         generation: u64,
-        found: Result<Arc<LxcfsFiles>, lxcfs::Error>,
+        found: Result<(), Arc<lxcfs::Error>>,
     },
     /// [`SUPERVISOR_SWEEP_GRACE`] has passed.
     SweepDue(Dev),
@@ -148,8 +148,6 @@ struct Agent {
     reconciler: Reconciler,
     events: Events,
     state: State,
-    /// The serving lxcfs, held while operations need it.
-    lxcfs: Option<Arc<LxcfsFiles>>,
     /// Counts the changes of the serving lxcfs: the result of an older search is ignored.
     generation: u64,
     /// Earlier lxcfs that operations in flight may still mount from.
@@ -171,13 +169,12 @@ struct PreviousLxcfs {
 
 impl Agent {
     fn new(dependencies: Dependencies, tx: mpsc::Sender<Message>) -> Agent {
-        let Dependencies { workers, runtime, finder, events, state, adopt, metrics } = dependencies;
-        let up = lxcfs::identify(finder.path()).is_some();
+        let Dependencies { workers, runtime, lxcfs, events, state, adopt, metrics } = dependencies;
+        let up = lxcfs::identify(lxcfs.path()).is_some();
         let mut agent = Agent {
-            reconciler: Reconciler::new(workers, runtime, finder, adopt, tx),
+            reconciler: Reconciler::new(workers, runtime, lxcfs, adopt, tx),
             events,
             state,
-            lxcfs: None,
             generation: 0,
             previous: Vec::new(),
             blocked_starts: Vec::new(),
@@ -192,12 +189,8 @@ impl Agent {
 
     /// Starts the operations that the state requests, and publishes its events and latencies.
     fn dispatch(&mut self) {
-        let Actions { start, find_lxcfs } = self.state.poll_actions(Instant::now());
-        if find_lxcfs {
-            self.reconciler.find_lxcfs(self.generation);
-        }
-        for operation in start {
-            self.reconciler.spawn(operation, self.lxcfs.clone());
+        for operation in self.state.poll_operations(Instant::now()) {
+            self.reconciler.spawn(operation, self.generation);
         }
         for (_, reply) in self.blocked_starts.extract_if(.., |(id, _)| !self.state.is_pending(id)) {
             let _ = reply.send(());
@@ -210,9 +203,6 @@ impl Agent {
             && let Some(started) = self.remount_started.take()
         {
             self.metrics.remount_pass_finished(started.elapsed());
-        }
-        if self.state.in_flight() == 0 && self.lxcfs.take().is_some() {
-            self.state.lxcfs_released();
         }
         self.state.take_events().into_iter().for_each(|event| self.events.publish(event));
         // An operation may have injected views of an exited lxcfs after its sweep.
@@ -230,20 +220,17 @@ impl Agent {
                 self.record_metrics(&completion, desired, elapsed);
                 self.state.completed(&id, completion, Instant::now());
             }
-            Message::LxcfsFound { generation, .. } if generation != self.generation => {}
-            Message::LxcfsFound { found: Ok(lxcfs), .. } => {
-                self.outage.recovered("lxcfs serves again");
-                self.set_lxcfs_up(true);
-                self.lxcfs = Some(lxcfs);
-                self.state.lxcfs_found(Ok(()), Instant::now());
-            }
-            Message::LxcfsFound { found: Err(e), .. } => {
-                if self.state.is_first_search() {
+            Message::LxcfsSearched { generation, .. } if generation != self.generation => {}
+            Message::LxcfsSearched { found, .. } => {
+                self.set_lxcfs_up(found.is_ok());
+                let first_failure = self.state.lxcfs_searched(found.is_ok(), Instant::now());
+                match found {
+                    Ok(()) => self.outage.recovered("lxcfs serves again"),
+                    Err(e) => self.outage.failed("no lxcfs serves", &e),
+                }
+                if first_failure {
                     self.sweep_dead();
                 }
-                self.outage.failed("no lxcfs serves", &e);
-                self.set_lxcfs_up(false);
-                self.state.lxcfs_found(Err(e.to_string()), Instant::now());
             }
             Message::SweepDue(dev) => self.sweep(dev),
             Message::SweepFinished => self.state.sweep_finished(),
@@ -253,7 +240,7 @@ impl Agent {
     fn lxcfs_changed(&mut self, change: Change) {
         log_lxcfs_change(change);
         self.generation += 1;
-        if let Some(lxcfs) = self.lxcfs.take() {
+        if let Some(lxcfs) = self.reconciler.invalidate_lxcfs() {
             let in_use = Arc::downgrade(&lxcfs);
             self.previous.push(PreviousLxcfs { dev: lxcfs.dev, in_use, exited: false });
         }
@@ -306,7 +293,9 @@ impl Agent {
             Completion::Applied { done, .. } => (done.as_slice(), OperationResult::Success),
             Completion::Failed { done, .. } => (done.as_slice(), OperationResult::Failure),
             Completion::TimedOut { .. } => (&[][..], OperationResult::Failure),
-            Completion::NotRunning | Completion::Unsupported { .. } => return,
+            Completion::NotRunning
+            | Completion::NoLxcfs { .. }
+            | Completion::Unsupported { .. } => return,
         };
         let mut kinds: BTreeSet<OperationKind> = done.iter().map(|step| step.operation()).collect();
         if kinds.is_empty() && result == OperationResult::Failure {

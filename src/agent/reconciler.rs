@@ -13,7 +13,7 @@ use super::{
     state::{Completion, Operation},
 };
 use crate::{
-    lxcfs::{self, Finder},
+    lxcfs::{self, Acquired, SharedLxcfs},
     model::{status::Operation as OperationKind, view::FileSet},
     mount::{self, JobTimeout, LxcfsFiles, Outcome, Task, WorkError, Workers},
     node::{self, PassSummary},
@@ -26,7 +26,7 @@ use crate::{
 pub(super) struct Reconciler {
     workers: Workers,
     runtime: Runtime,
-    finder: Finder,
+    lxcfs: SharedLxcfs,
     adopt: bool,
     permits: Arc<Semaphore>,
     tx: mpsc::Sender<Message>,
@@ -36,28 +36,52 @@ impl Reconciler {
     pub(super) fn new(
         workers: Workers,
         runtime: Runtime,
-        finder: Finder,
+        lxcfs: SharedLxcfs,
         adopt: bool,
         tx: mpsc::Sender<Message>,
     ) -> Reconciler {
         Reconciler {
             workers,
             runtime,
-            finder,
+            lxcfs,
             adopt,
             permits: Arc::new(Semaphore::new(MAX_CONCURRENT)),
             tx,
         }
     }
 
-    /// Reconciles one container.
-    pub(super) fn spawn(&self, operation: Operation, lxcfs: Option<Arc<LxcfsFiles>>) {
-        let Reconciler { workers, runtime, adopt, permits, tx, .. } = self.clone();
+    /// Reconciles one container. `generation` is that of the loop's knowledge of lxcfs.
+    pub(super) fn spawn(&self, operation: Operation, generation: u64) {
+        let Reconciler { workers, runtime, lxcfs, adopt, permits, tx } = self.clone();
         tokio::spawn(async move {
-            let Operation { id, desired, name, pid } = operation;
-            let permit = permits.acquire_owned().await;
+            let Operation { id, desired, name, pid, with_lxcfs } = operation;
             let started = Instant::now();
             tracing::debug!(container = name, %id, ?desired, "operation started");
+            let finished = |completion, elapsed| {
+                let id = id.clone();
+                tx.send(Message::OperationFinished { id, desired, completion, elapsed })
+            };
+            // Without a permit: a hung lxcfs must not keep removals from starting.
+            let lxcfs = match with_lxcfs {
+                false => None,
+                true => {
+                    let Acquired { lxcfs, searched } = lxcfs.acquire().await;
+                    if searched {
+                        let found = lxcfs.as_ref().map(drop).map_err(Arc::clone);
+                        let _ = tx.send(Message::LxcfsSearched { generation, found }).await;
+                    }
+                    match lxcfs {
+                        Ok(lxcfs) => Some(lxcfs),
+                        Err(e) => {
+                            let completion = Completion::NoLxcfs { why: e.to_string() };
+                            let _ = finished(completion, started.elapsed()).await;
+                            return;
+                        }
+                    }
+                }
+            };
+            let permit = permits.acquire_owned().await;
+            let started = Instant::now();
             let task = Task::Reconcile { desired, lxcfs, adopt };
             let (completion, pending) = match runtime.process(&id, pid).await {
                 Err(e) => (e.into(), None),
@@ -71,10 +95,7 @@ impl Reconciler {
             log_changes(&name, &completion, started.elapsed());
             // A hung operation holds no permit.
             drop(permit);
-            let elapsed = started.elapsed();
-            let _ = tx
-                .send(Message::OperationFinished { id: id.clone(), desired, completion, elapsed })
-                .await;
+            let _ = finished(completion, started.elapsed()).await;
             let completion = match pending {
                 None => return,
                 Some(Some(result)) => match result.await {
@@ -89,26 +110,22 @@ impl Reconciler {
             };
             let elapsed = started.elapsed();
             tracing::debug!(container = name, ?completion, ?elapsed, "hung operation finished");
-            let _ = tx.send(Message::OperationFinished { id, desired, completion, elapsed }).await;
+            let _ = finished(completion, elapsed).await;
         });
     }
 
-    /// Searches for the serving lxcfs.
-    pub(super) fn find_lxcfs(&self, generation: u64) {
-        let Reconciler { workers, finder, tx, .. } = self.clone();
-        tokio::spawn(async move {
-            let found = finder.find(&workers).await;
-            let _ = tx.send(Message::LxcfsFound { generation, found }).await;
-        });
+    /// Makes the next operation search for lxcfs again. Returns the one that operations hold.
+    pub(super) fn invalidate_lxcfs(&self) -> Option<Arc<LxcfsFiles>> {
+        self.lxcfs.invalidate()
     }
 
     /// Removes the view files of this lxcfs from every container.
     pub(super) fn sweep(&self, dev: Dev) {
-        let Reconciler { workers, finder, tx, .. } = self.clone();
+        let Reconciler { workers, lxcfs, tx, .. } = self.clone();
         tokio::spawn(async move {
             // The kernel gives a device number to another lxcfs as soon as no mount of the first is
             // left, and not before.
-            if lxcfs::identify(finder.path()).is_none_or(|serving| serving.dev != dev) {
+            if lxcfs::identify(lxcfs.path()).is_none_or(|serving| serving.dev != dev) {
                 log_sweep(node::sweep(&workers, HashSet::from([dev])).await);
             }
             let _ = tx.send(Message::SweepFinished).await;
@@ -118,11 +135,11 @@ impl Reconciler {
     /// Removes the view files of every lxcfs that has exited, and of the one at the lxcfs path if
     /// it hangs.
     pub(super) fn sweep_dead(&self) {
-        let Reconciler { workers, finder, tx, .. } = self.clone();
+        let Reconciler { workers, lxcfs, tx, .. } = self.clone();
         tokio::spawn(async move {
-            let hangs = matches!(finder.find(&workers).await, Err(lxcfs::Error::Hung { .. }));
-            let hung =
-                lxcfs::identify(finder.path()).filter(|_| hangs).map(|identity| identity.dev);
+            let found = lxcfs.acquire().await.lxcfs.map(drop);
+            let hangs = found.is_err_and(|e| matches!(*e, lxcfs::Error::Hung { .. }));
+            let hung = lxcfs::identify(lxcfs.path()).filter(|_| hangs).map(|identity| identity.dev);
             log_sweep(node::sweep_dead(&workers, hung).await);
             let _ = tx.send(Message::SweepFinished).await;
         });

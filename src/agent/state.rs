@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-pub use self::operation::{Actions, Completion, Operation};
+pub use self::operation::{Completion, Operation};
 use self::{container::Container, lxcfs::LxcfsState};
 use super::pod_events::{self, PodReport};
 use crate::{
@@ -90,7 +90,7 @@ impl State {
             namespace_labels: HashMap::new(),
             containers: HashMap::new(),
             unconfirmed: HashMap::new(),
-            lxcfs: LxcfsState::Unknown,
+            lxcfs: LxcfsState::Available,
             sweeps: 0,
             events: Vec::new(),
             latencies: Vec::new(),
@@ -271,6 +271,7 @@ impl State {
                 desired,
                 applied: None,
                 in_flight: None,
+                in_flight_with_lxcfs: false,
                 dirty: false,
                 adoption_pending: false,
                 retry: None,
@@ -282,76 +283,66 @@ impl State {
                 known.desired = desired;
                 known.retry = None;
                 known.reported_error = None;
+                known.adoption_pending = false;
                 known.triggered = Some((Trigger::Watch, now));
             }
         }
     }
 
-    /// What to start at `now`. Each operation returned counts as in flight until
-    /// [`State::completed`].
-    pub fn poll_actions(&mut self, now: Instant) -> Actions {
-        let mut actions = Actions::default();
-        let usable = self.lxcfs == LxcfsState::Serving && self.sweeps == 0;
+    /// The operations to start at `now`. Each counts as in flight until [`State::completed`].
+    pub fn poll_operations(&mut self, now: Instant) -> Vec<Operation> {
+        let mut operations = Vec::new();
+        let usable = self.lxcfs_usable(now);
         for (id, c) in &mut self.containers {
-            actions.find_lxcfs |= c.adoption_pending;
             let Some(pod) = self.pods.get(&c.pod) else { continue };
-            if !c.needs_reconcile() || c.retry.is_some_and(|(_, at)| at > now) {
+            let waits = c.retry.is_some_and(|(_, at)| at > now) || (c.waits_for_lxcfs() && !usable);
+            if !c.needs_reconcile() || waits {
                 continue;
             }
-            if c.needs_lxcfs() && !usable {
-                actions.find_lxcfs = true;
-                continue;
-            }
+            let with_lxcfs = usable && (c.needs_lxcfs() || c.adopt);
             c.in_flight = Some(c.desired);
-            c.adoption_pending = c.adopt && !usable;
+            c.in_flight_with_lxcfs = with_lxcfs;
             let name = format!("{}/{}/{}", pod.pod.namespace, pod.pod.name, c.name);
-            actions.start.push(Operation { id: id.clone(), desired: c.desired, name, pid: c.pid });
-            actions.find_lxcfs |= c.adoption_pending;
+            let (id, desired, pid) = (id.clone(), c.desired, c.pid);
+            operations.push(Operation { id, desired, name, pid, with_lxcfs });
         }
-        actions.find_lxcfs &= self.sweeps == 0 && !usable;
-        if actions.find_lxcfs {
-            match self.lxcfs {
-                LxcfsState::Unknown => self.lxcfs = LxcfsState::Finding { attempt: 0 },
-                LxcfsState::Absent { attempt, retry_at } if retry_at <= now => {
-                    self.lxcfs = LxcfsState::Finding { attempt };
-                }
-                _ => actions.find_lxcfs = false,
-            }
-        }
-        actions
+        operations
     }
 
-    /// When [`State::poll_actions`] has new actions, if there is no input before.
+    /// When [`State::poll_operations`] has new operations, if there is no input before.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let due = |c: &Container| {
             let retry = c.retry.map(|(_, at)| at);
-            match self.lxcfs {
-                _ if c.needs_reconcile() && !c.needs_lxcfs() && !c.adoption_pending => retry,
-                _ if !c.needs_reconcile() && !c.adoption_pending => None,
-                // Their ends are inputs.
-                _ if self.sweeps > 0 => None,
-                LxcfsState::Finding { .. } => None,
-                LxcfsState::Absent { retry_at, .. } => retry.max(Some(retry_at)),
-                LxcfsState::Unknown | LxcfsState::Serving => retry,
+            if !c.needs_reconcile() {
+                None
+            } else if !c.waits_for_lxcfs() {
+                retry
+            } else if self.sweeps > 0 {
+                // Its end is an input.
+                None
+            } else {
+                match self.lxcfs {
+                    LxcfsState::Available => retry,
+                    LxcfsState::Absent { retry_at, .. } => retry.max(Some(retry_at)),
+                }
             }
         };
         self.containers.values().filter_map(due).min()
     }
 
-    /// Whether an operation on the container is in flight, or starts as soon as lxcfs is found: a
-    /// blocked start waits for it.
+    /// Whether an operation on the container is in flight or starts soon: a blocked start waits for
+    /// it. No start waits for an lxcfs that does not serve.
     pub fn is_pending(&self, id: &ContainerId) -> bool {
-        let found_soon =
-            !matches!(self.lxcfs, LxcfsState::Absent { .. } | LxcfsState::Finding { attempt: 1.. });
+        let available = self.lxcfs == LxcfsState::Available;
         self.containers.get(id).is_some_and(|c| {
-            let startable =
-                c.needs_reconcile() && c.retry.is_none() && (found_soon || !c.needs_lxcfs());
-            c.in_flight.is_some() || startable
+            let startable = c.needs_reconcile() && c.retry.is_none();
+            (c.in_flight.is_some() || startable) && (available || !c.needs_lxcfs())
         })
     }
 
     /// Takes the completion of an operation.
     pub fn completed(&mut self, id: &ContainerId, completion: Completion, now: Instant) {
+        let report_lxcfs = self.reports_missing_lxcfs();
         let Some(c) = self.containers.get_mut(id) else { return };
         let Some(desired) = c.in_flight else { return };
         let Some(pod) = self.pods.get_mut(&c.pod) else {
@@ -362,7 +353,7 @@ impl State {
             }
             return;
         };
-        self.latencies.extend(c.complete(desired, completion, &mut pod.report, now));
+        self.latencies.extend(c.complete(desired, completion, &mut pod.report, report_lxcfs, now));
         let known = self.unconfirmed.contains_key(id)
             || pod.pod.containers.iter().any(|c| c.id.as_ref() == Some(id));
         if c.in_flight.is_none() && !known {

@@ -13,7 +13,7 @@ use crate::{
         state::{State, StateConfig},
     },
     args::{AgentArgs, Common, CriEvents, PodSource},
-    lxcfs::{Finder, Watcher},
+    lxcfs::{Finder, SharedLxcfs, Watcher},
     model::pod::Update,
     runtime::{PidSource, Runtime, cri::CriClient},
     sources::{
@@ -70,9 +70,9 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
         cri: (common.pid_from != PidSource::Proc).then(|| cri.clone()),
     };
     let dependencies = Dependencies {
+        lxcfs: SharedLxcfs::new(finder, workers.clone()),
         workers,
         runtime: Runtime::new(common.pid_from, cri),
-        finder,
         events,
         state: State::new(StateConfig {
             inject_by_default: args.inject_by_default,

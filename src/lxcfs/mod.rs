@@ -3,6 +3,7 @@
 
 mod finder;
 mod server;
+mod shared;
 mod watcher;
 
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use rustix::fs::{AtFlags, StatxFlags};
 pub use self::{
     finder::{Finder, find, wait_until_serving},
     server::processes_serving,
+    shared::{Acquired, SharedLxcfs},
     watcher::{Change, MountTableWatch, Watcher},
 };
 use crate::{

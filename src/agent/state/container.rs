@@ -26,6 +26,8 @@ pub(super) struct Container {
     pub(super) applied: Option<DesiredView>,
     /// The desired view of the operation in flight.
     pub(super) in_flight: Option<DesiredView>,
+    /// The operation in flight has, or searches for, the serving lxcfs.
+    pub(super) in_flight_with_lxcfs: bool,
     /// The operation in flight does not count, because lxcfs changed since its start.
     pub(super) dirty: bool,
     /// With adoption: its last operation had no lxcfs, so another follows when there is one.
@@ -51,6 +53,11 @@ impl Container {
     /// Whether an operation needs the serving lxcfs; a removal does not.
     pub(super) fn needs_lxcfs(&self) -> bool {
         !matches!(self.desired, DesiredView::Absent | DesiredView::Unmanaged)
+    }
+
+    /// Whether the next operation waits until lxcfs is usable.
+    pub(super) fn waits_for_lxcfs(&self) -> bool {
+        self.needs_lxcfs() || self.adoption_pending
     }
 
     /// Queues the container again. An operation in flight may have used outdated facts, so another
@@ -79,9 +86,11 @@ impl Container {
         desired: DesiredView,
         completion: Completion,
         report: &mut PodReport,
+        report_lxcfs: bool,
         now: Instant,
     ) -> Option<(Trigger, Duration)> {
         let mut latency = None;
+        let had_lxcfs = self.in_flight_with_lxcfs;
         match completion {
             Completion::Applied { done, skipped } => {
                 report.add_steps(&self.name, &done);
@@ -107,6 +116,10 @@ impl Container {
                     }
                 }
                 self.set_applied(desired);
+                self.adoption_pending = self.adopt && !had_lxcfs;
+                if self.adoption_pending {
+                    self.applied = None;
+                }
             }
             Completion::Failed { done, why } => {
                 report.add_steps(&self.name, &done);
@@ -118,6 +131,12 @@ impl Container {
                 return None;
             }
             Completion::NotRunning => self.schedule_retry(now),
+            Completion::NoLxcfs { why } => {
+                if report_lxcfs && self.needs_lxcfs() && !self.dirty {
+                    self.report_error(why, |c, why| report.add_failed(c, why));
+                }
+                self.applied = None;
+            }
             Completion::Unsupported { why } => {
                 // Without a desired view there is no failure to report.
                 if desired != DesiredView::Absent {

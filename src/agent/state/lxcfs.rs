@@ -12,10 +12,10 @@ pub(super) const LXCFS_RETRY: Backoff =
 /// The state of the serving lxcfs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LxcfsState {
-    Unknown,
-    Finding { attempt: u32 },
-    Serving,
-    Absent { attempt: u32, retry_at: Instant },
+    /// It serves as far as is known: operations search for it.
+    Available,
+    /// The last searches failed. Operations that need it wait for `retry_at`.
+    Absent { failures: u32, retry_at: Instant },
 }
 
 impl State {
@@ -29,49 +29,41 @@ impl State {
         self.sweeps -= 1;
     }
 
-    /// Takes the result of [`find_lxcfs`](super::Actions::find_lxcfs).
-    pub fn lxcfs_found(&mut self, found: Result<(), String>, now: Instant) {
-        let LxcfsState::Finding { attempt } = self.lxcfs else { return };
-        let Err(why) = found else {
-            self.lxcfs = LxcfsState::Serving;
-            for c in self.containers.values_mut() {
-                if std::mem::take(&mut c.adoption_pending) {
-                    c.requeue();
-                }
-            }
-            return;
+    /// Takes the result of an operation's search for lxcfs. Returns whether it is the first failure
+    /// since lxcfs served.
+    pub fn lxcfs_searched(&mut self, found: bool, now: Instant) -> bool {
+        let failures = match self.lxcfs {
+            LxcfsState::Available => 0,
+            LxcfsState::Absent { failures, .. } => failures,
         };
-        self.lxcfs =
-            LxcfsState::Absent { attempt: attempt + 1, retry_at: now + LXCFS_RETRY.delay(attempt) };
-        // One failure is a restart of lxcfs, which needs no event on every pod that starts in
-        // between.
-        if attempt == 0 {
-            return;
-        }
-        for c in self.containers.values_mut().filter(|c| c.needs_reconcile() && c.needs_lxcfs()) {
-            if let Some(pod) = self.pods.get_mut(&c.pod) {
-                c.report_error(why.clone(), |name, why| pod.report.add_failed(name, why));
-            }
-        }
-        self.flush_reports();
+        self.lxcfs = if found {
+            LxcfsState::Available
+        } else {
+            let retry_at = now + LXCFS_RETRY.delay(failures);
+            LxcfsState::Absent { failures: failures + 1, retry_at }
+        };
+        !found && failures == 0
     }
 
-    /// Whether this is the first search for lxcfs since it served.
-    pub fn is_first_search(&self) -> bool {
-        matches!(self.lxcfs, LxcfsState::Finding { attempt: 0 })
+    /// Whether an operation may search for lxcfs and inject at `now`.
+    pub(super) fn lxcfs_usable(&self, now: Instant) -> bool {
+        let due = match self.lxcfs {
+            LxcfsState::Available => true,
+            LxcfsState::Absent { retry_at, .. } => retry_at <= now,
+        };
+        due && self.sweeps == 0
     }
 
-    /// The lxcfs that was found is released: the next operation that needs one requests a search.
-    pub fn lxcfs_released(&mut self) {
-        if self.lxcfs == LxcfsState::Serving {
-            self.lxcfs = LxcfsState::Unknown;
-        }
+    /// Whether a missing lxcfs is reported on pods. One failed search is a restart of lxcfs, which
+    /// needs no event on every pod that starts in between.
+    pub(super) fn reports_missing_lxcfs(&self) -> bool {
+        matches!(self.lxcfs, LxcfsState::Absent { failures: 2.., .. })
     }
 
     /// The serving lxcfs changed: what was known of it is outdated, and every view is reconciled
     /// again.
     pub fn lxcfs_changed(&mut self) {
-        self.lxcfs = LxcfsState::Unknown;
+        self.lxcfs = LxcfsState::Available;
         let has_view = |desired: Option<DesiredView>| {
             desired.is_some_and(|desired| desired != DesiredView::Absent)
         };

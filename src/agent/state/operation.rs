@@ -14,14 +14,8 @@ pub struct Operation {
     pub name: String,
     /// The container's first process, where the runtime reported it.
     pub pid: Option<i64>,
-}
-
-/// The outputs of the state: operations to start, and a search.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Actions {
-    pub start: Vec<Operation>,
-    /// Operations wait for the serving lxcfs: search for it.
-    pub find_lxcfs: bool,
+    /// It needs the serving lxcfs, or makes pod-provided files current with it.
+    pub with_lxcfs: bool,
 }
 
 /// The completion of an operation.
@@ -33,6 +27,8 @@ pub enum Completion {
     Failed { done: Vec<Step>, why: String },
     /// The operation missed its deadline. It stays in flight until its real completion.
     TimedOut { why: String },
+    /// No lxcfs serves: nothing was changed. A search for lxcfs follows.
+    NoLxcfs { why: String },
     /// The container does not run (any more, or yet), or the runtime does not respond. A retry
     /// follows, without an event.
     NotRunning,

@@ -44,8 +44,8 @@ fn done(steps: impl IntoIterator<Item = Step>) -> Completion {
     Completion::Applied { done: steps.into_iter().collect(), skipped: Vec::new() }
 }
 
-fn ids(actions: &Actions) -> Vec<String> {
-    let mut ids: Vec<String> = actions.start.iter().map(|s| s.id.to_string()).collect();
+fn ids(operations: &[Operation]) -> Vec<String> {
+    let mut ids: Vec<String> = operations.iter().map(|o| o.id.to_string()).collect();
     ids.sort();
     ids
 }
@@ -55,38 +55,38 @@ fn decisions_wait_for_pods_and_namespaces() {
     let now = Instant::now();
     let mut state = State::new(StateConfig { has_namespaces: true, ..StateConfig::default() });
     state.update(Update::PodsReplaced(vec![pod("p", None, [Some(1), None])]), Instant::now());
-    assert_eq!(state.poll_actions(now), Actions::default());
+    assert_eq!(state.poll_operations(now), []);
     state.update(
         Update::NamespacesReplaced(vec![Namespace { name: "ns".into(), label: "true".into() }]),
         Instant::now(),
     );
-    assert!(state.poll_actions(now).find_lxcfs);
-    state.lxcfs_found(Ok(()), now);
-    assert_eq!(ids(&state.poll_actions(now)), ["id1"]);
+    assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
 }
 
 #[test]
 fn last_desired_view_wins_with_one_event_per_reason() {
     let now = Instant::now();
     let mut state = listed(vec![pod("p", Some("true"), [Some(1), Some(2)])]);
-    assert!(state.poll_actions(now).find_lxcfs);
-    state.lxcfs_found(Ok(()), now);
-    assert_eq!(ids(&state.poll_actions(now)), ["id1", "id2"]);
+    assert_eq!(ids(&state.poll_operations(now)), ["id1", "id2"]);
     state.completed(&id(1), done([Step::Inject(ViewFile::Meminfo)]), now);
     assert_eq!(state.take_events(), [], "the other container is in flight");
     // The pod opts out while the second operation is in flight: the next one starts after it.
     state.update(Update::PodApplied(pod("p", Some("false"), [Some(1), Some(2)])), Instant::now());
-    assert_eq!(ids(&state.poll_actions(now)), ["id1"]);
+    assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
     state.completed(&id(1), done([remove(ViewFile::Meminfo)]), now);
     state.completed(&id(2), done([Step::Inject(ViewFile::Meminfo)]), now);
     let events = state.take_events();
     let reasons: Vec<Reason> = events.iter().map(|e| e.reason).collect();
     assert_eq!(reasons, [Reason::LxcfsInjected, Reason::LxcfsRemoved]);
     assert_eq!(events[0].note, "injected view files into a: meminfo; b: meminfo");
-    assert_eq!(ids(&state.poll_actions(now)), ["id2"]);
+    assert_eq!(ids(&state.poll_operations(now)), ["id2"]);
     state.completed(&id(2), done([remove(ViewFile::Meminfo)]), now);
-    assert_eq!(state.poll_actions(now), Actions::default());
+    assert_eq!(state.poll_operations(now), []);
     assert_eq!(state.poll_timeout(), None);
+}
+
+fn no_lxcfs() -> Completion {
+    Completion::NoLxcfs { why: "absent".into() }
 }
 
 #[test]
@@ -97,30 +97,69 @@ fn opt_outs_proceed_without_lxcfs() {
         pod("out", Some("false"), [Some(2), None]),
     ]);
     state.sweep_started();
-    let actions = state.poll_actions(now);
-    assert_eq!((ids(&actions), actions.find_lxcfs), (vec!["id2".to_owned()], false));
+    assert_eq!(ids(&state.poll_operations(now)), ["id2"]);
     assert_eq!(state.poll_timeout(), None, "the end of the sweep is an input");
     state.sweep_finished();
-    assert!(state.poll_actions(now).find_lxcfs);
-    state.lxcfs_found(Err("absent".into()), now);
-    assert_eq!(state.poll_actions(now), Actions::default());
+    assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
+    assert!(state.lxcfs_searched(false, now), "the first failure");
+    state.completed(&id(1), no_lxcfs(), now);
+    assert_eq!(state.poll_operations(now), []);
     assert_eq!(state.poll_timeout(), Some(now + LXCFS_RETRY.first));
     // A failed operation that is due waits for lxcfs too, and does not make the loop spin.
     state.completed(&id(2), Completion::Failed { done: Vec::new(), why: "no".into() }, now);
     let later = now + LXCFS_RETRY.first;
-    let actions = state.poll_actions(later);
-    assert_eq!((ids(&actions), actions.find_lxcfs), (vec!["id2".to_owned()], true));
+    let operations = state.poll_operations(later);
+    assert_eq!(ids(&operations), ["id1", "id2"]);
+    let with_lxcfs = |o: &Operation| o.with_lxcfs == (o.id == id(1));
+    assert!(operations.iter().all(with_lxcfs), "{operations:?}");
     assert_eq!(state.poll_timeout(), None);
+}
+
+#[test]
+fn missing_lxcfs_is_reported_at_the_second_failure() {
+    let mut now = Instant::now();
+    let mut state = listed(vec![
+        pod("p", Some("true"), [Some(1), Some(2)]),
+        pod("out", Some("false"), [Some(3), None]),
+    ]);
+    assert_eq!(ids(&state.poll_operations(now)), ["id1", "id2", "id3"]);
+    state.completed(&id(3), done([]), now);
+    for (failure, events) in [(1, 0), (2, 1), (3, 0)] {
+        // One operation searches, the other shares the result.
+        assert_eq!(state.lxcfs_searched(false, now), failure == 1);
+        assert!(!state.is_pending(&id(1)), "no start waits for an absent lxcfs");
+        for n in [1, 2] {
+            state.completed(&id(n), no_lxcfs(), now);
+        }
+        assert_eq!(state.take_events().len(), events, "failure {failure}");
+        now = state.poll_timeout().unwrap();
+        assert_eq!(ids(&state.poll_operations(now)), ["id1", "id2"]);
+    }
+    assert!(!state.lxcfs_searched(true, now));
+    for n in [1, 2] {
+        state.completed(&id(n), done([Step::Inject(ViewFile::Meminfo)]), now);
+    }
+    let events = state.take_events();
+    assert!(!events.is_empty() && events.iter().all(|e| e.reason == Reason::LxcfsInjected));
+}
+
+#[test]
+fn outdated_missing_lxcfs_is_no_outage() {
+    let now = Instant::now();
+    let mut state = listed(vec![pod("p", Some("true"), [Some(1), None])]);
+    assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
+    state.lxcfs_changed();
+    state.completed(&id(1), no_lxcfs(), now);
+    assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
+    assert!(state.is_pending(&id(1)));
 }
 
 #[test]
 fn repeated_warning_is_reported_once() {
     let mut now = Instant::now();
     let mut state = listed(vec![pod("p", Some("true"), [Some(1), None])]);
-    state.poll_actions(now);
-    state.lxcfs_found(Ok(()), now);
     for (why, events) in [("no", 1), ("no", 0), ("other", 1)] {
-        assert_eq!(ids(&state.poll_actions(now)), ["id1"]);
+        assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
         state.completed(&id(1), Completion::Failed { done: Vec::new(), why: why.into() }, now);
         assert_eq!(state.take_events().len(), events, "{why}");
         now = state.poll_timeout().unwrap();
@@ -132,13 +171,23 @@ fn adoption_repeats_an_operation_without_lxcfs() {
     let now = Instant::now();
     let mut state = State::new(StateConfig { adopt: true, ..StateConfig::default() });
     state.update(Update::PodsReplaced(vec![pod("p", None, [Some(1), None])]), Instant::now());
-    let actions = state.poll_actions(now);
-    assert_eq!((ids(&actions), actions.find_lxcfs), (vec!["id1".to_owned()], true));
-    state.lxcfs_found(Ok(()), now);
+    let with_lxcfs = |operations: Vec<Operation>| {
+        assert_eq!(ids(&operations), ["id1"]);
+        operations[0].with_lxcfs
+    };
+    assert!(with_lxcfs(state.poll_operations(now)));
+    state.lxcfs_searched(false, now);
+    state.completed(&id(1), no_lxcfs(), now);
+    // A removal does not wait for lxcfs. Adoption does.
+    assert!(!with_lxcfs(state.poll_operations(now)));
     state.completed(&id(1), done([]), now);
-    assert_eq!(ids(&state.poll_actions(now)), ["id1"]);
-    state.completed(&id(1), done([]), now);
-    assert_eq!(state.poll_actions(now), Actions::default());
+    assert_eq!(state.poll_operations(now), []);
+    let later = state.poll_timeout().unwrap();
+    assert!(with_lxcfs(state.poll_operations(later)));
+    state.lxcfs_searched(true, later);
+    state.completed(&id(1), done([]), later);
+    assert_eq!(state.poll_operations(later), []);
+    assert_eq!(state.poll_timeout(), None);
 }
 
 fn remove(file: ViewFile) -> Step {
@@ -158,12 +207,10 @@ fn start_is_decided_before_lists_and_watch_corrects() {
     state.update(Update::ContainerStarted(started("silent", None, 2), Trigger::Nri), now);
     state.update(Update::ContainerStarted(started("out", Some("false"), 3), Trigger::Nri), now);
     assert!(state.is_pending(&id(1)) && !state.is_pending(&id(2)) && !state.is_pending(&id(3)));
-    assert!(state.poll_actions(now).find_lxcfs);
-    state.lxcfs_found(Ok(()), now);
-    let actions = state.poll_actions(now);
-    assert_eq!(ids(&actions), ["id1"]);
+    let operations = state.poll_operations(now);
+    assert_eq!(ids(&operations), ["id1"]);
     assert_eq!(
-        (actions.start[0].desired, actions.start[0].pid),
+        (operations[0].desired, operations[0].pid),
         (DesiredView::AtLeast(FileSet::ALL), Some(42))
     );
     state.completed(
@@ -176,9 +223,9 @@ fn start_is_decided_before_lists_and_watch_corrects() {
     // Its annotation was changed after its sandbox was created.
     state.update(Update::NamespacesReplaced(Vec::new()), now);
     state.update(Update::PodsReplaced(vec![pod("in", Some("false"), [Some(1), None])]), now);
-    let actions = state.poll_actions(now);
+    let operations = state.poll_operations(now);
     assert_eq!(
-        (ids(&actions), actions.start[0].desired),
+        (ids(&operations), operations[0].desired),
         (vec!["id1".to_owned()], DesiredView::Absent)
     );
 }
@@ -188,9 +235,7 @@ fn start_from_many_sources_is_one_operation() {
     let now = Instant::now();
     let mut state = listed(vec![pod("p", Some("true"), [None, None])]);
     state.update(Update::ContainerStarted(started("p", Some("true"), 1), Trigger::Cri), now);
-    state.poll_actions(now);
-    state.lxcfs_found(Ok(()), now);
-    assert_eq!(ids(&state.poll_actions(now)), ["id1"]);
+    assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
     state.update(Update::ContainerStarted(started("p", Some("true"), 1), Trigger::Nri), now);
     state.completed(&id(1), done([Step::Inject(ViewFile::Meminfo)]), now);
     state.update(Update::PodApplied(pod("p", Some("true"), [Some(1), None])), now);
@@ -199,7 +244,7 @@ fn start_from_many_sources_is_one_operation() {
         Update::ContainersListed { containers: running, trigger: Trigger::Cri, requested_at: now },
         now,
     );
-    assert_eq!(state.poll_actions(now), Actions::default());
+    assert_eq!(state.poll_operations(now), []);
     assert_eq!(state.take_events().len(), 1);
     assert_eq!(state.take_latencies().len(), 1);
 }
@@ -222,9 +267,7 @@ fn container_stopped_before_the_watch_is_removed() {
     assert_eq!(state.unconfirmed.len(), 2);
     state.update(list(now + Duration::from_millis(1)), now);
     assert_eq!(state.unconfirmed.len(), 1);
-    state.poll_actions(now);
-    state.lxcfs_found(Ok(()), now);
-    assert_eq!(ids(&state.poll_actions(now)), ["id3"]);
+    assert_eq!(ids(&state.poll_operations(now)), ["id3"]);
     state.completed(&id(3), Completion::NotRunning, now);
     state.update(Update::ContainerStopped(id(3)), now);
     assert_eq!(state.poll_timeout(), None);
@@ -247,7 +290,6 @@ enum Input {
     Stop(usize, usize),
     Delete(usize),
     Relist,
-    Found(bool),
     Changed,
     SweepStarted,
     SweepFinished,
@@ -261,6 +303,8 @@ enum How {
     Failed,
     TimedOut,
     NotRunning,
+    /// Its search failed, or a search that it shared.
+    NoLxcfs,
 }
 
 fn input() -> impl Strategy<Value = Input> {
@@ -272,6 +316,7 @@ fn input() -> impl Strategy<Value = Input> {
         How::Failed,
         How::TimedOut,
         How::NotRunning,
+        How::NoLxcfs,
     ]);
     prop_oneof![
         3 => (0..3usize, value()).prop_map(|(pod, value)| Input::Annotate(pod, value)),
@@ -285,7 +330,6 @@ fn input() -> impl Strategy<Value = Input> {
         1 => (0..3usize, 0..2usize).prop_map(|(pod, c)| Input::Stop(pod, c)),
         1 => (0..3usize).prop_map(Input::Delete),
         1 => Just(Input::Relist),
-        3 => any::<bool>().prop_map(Input::Found),
         1 => Just(Input::Changed),
         1 => Just(Input::SweepStarted),
         1 => Just(Input::SweepFinished),
@@ -305,8 +349,6 @@ struct Node {
     views: HashMap<ContainerId, (u32, FileSet)>,
     running: Vec<(Operation, u32)>,
     generation: u32,
-    finding: bool,
-    serves: bool,
     sweeps: usize,
 }
 
@@ -321,8 +363,6 @@ impl Node {
             views: HashMap::new(),
             running: Vec::new(),
             generation: 0,
-            finding: false,
-            serves: false,
             sweeps: 0,
         };
         node.state.update(Update::NamespacesReplaced(Vec::new()), Instant::now());
@@ -412,11 +452,8 @@ impl Node {
                 }
             }
             Input::Relist => self.relist(),
-            Input::Found(found) => self.found(found),
             Input::Changed => {
                 self.generation += 1;
-                self.serves = false;
-                self.finding = false;
                 self.state.lxcfs_changed();
             }
             Input::SweepStarted => {
@@ -436,17 +473,22 @@ impl Node {
         self.turn();
     }
 
-    fn found(&mut self, found: bool) {
-        if std::mem::take(&mut self.finding) {
-            self.serves = found;
-            self.state.lxcfs_found(if found { Ok(()) } else { Err("absent".into()) }, self.now);
-        }
-    }
-
     fn complete(&mut self, n: usize, how: How) {
-        let (Operation { id, desired, .. }, generation) = self.running[n].clone();
+        let (Operation { id, desired, with_lxcfs, .. }, generation) = self.running[n].clone();
+        let current = generation == self.generation;
         let finished = match how {
+            How::NoLxcfs if !with_lxcfs => return,
+            How::NoLxcfs => {
+                // The loop ignores the result of a search that an earlier lxcfs concerns.
+                if current {
+                    self.state.lxcfs_searched(false, self.now);
+                }
+                Completion::NoLxcfs { why: "absent".into() }
+            }
             How::Applied => {
+                if with_lxcfs && current {
+                    self.state.lxcfs_searched(true, self.now);
+                }
                 match desired {
                     DesiredView::Exactly(files) | DesiredView::AtLeast(files) => {
                         self.views.insert(id.clone(), (generation, files));
@@ -473,12 +515,7 @@ impl Node {
 
     /// Does the work of the agent's loop between two inputs.
     fn turn(&mut self) {
-        let actions = self.state.poll_actions(self.now);
-        if actions.find_lxcfs {
-            assert!(!self.finding, "one search at a time");
-            self.finding = true;
-        }
-        for start in actions.start {
+        for start in self.state.poll_operations(self.now) {
             assert!(
                 self.running.iter().all(|(running, _)| running.id != start.id),
                 "two operations on {}",
@@ -486,14 +523,10 @@ impl Node {
             );
             assert_ne!(start.desired, DesiredView::Unmanaged);
             assert!(
-                start.desired == DesiredView::Absent || (self.serves && self.sweeps == 0),
+                start.desired == DesiredView::Absent || (start.with_lxcfs && self.sweeps == 0),
                 "{start:?} without an lxcfs"
             );
             self.running.push((start, self.generation));
-        }
-        if self.state.in_flight() == 0 && self.serves {
-            self.serves = false;
-            self.state.lxcfs_released();
         }
         assert!(self.state.poll_timeout().is_none_or(|at| at > self.now), "the loop would spin");
         assert_eq!(self.state.in_flight(), self.running.len());
@@ -507,9 +540,7 @@ impl Node {
             self.apply(&Input::SweepFinished);
         }
         for _ in 0..1000 {
-            if self.finding {
-                self.found(true);
-            } else if !self.running.is_empty() {
+            if !self.running.is_empty() {
                 self.complete(0, How::Applied);
             } else if let Some(at) = self.state.poll_timeout() {
                 self.now = at;
