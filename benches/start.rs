@@ -4,7 +4,12 @@
 //!
 //!     cargo bench --bench start            500 pods each
 //!     cargo bench --bench start -- 50      fewer
-#![allow(clippy::unwrap_used, clippy::wildcard_imports, reason = "a benchmark fails by panicking")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::wildcard_imports,
+    clippy::needless_pass_by_value,
+    reason = "a benchmark fails by panicking"
+)]
 
 #[path = "../tests/it/harness/mod.rs"]
 #[allow(dead_code, unused, reason = "the tests use the rest")]

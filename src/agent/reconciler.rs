@@ -62,23 +62,22 @@ impl Reconciler {
                 tx.send(Message::OperationFinished { id, desired, completion, elapsed })
             };
             // Without a permit: a hung lxcfs must not keep removals from starting.
-            let lxcfs = match with_lxcfs {
-                false => None,
-                true => {
-                    let Acquired { lxcfs, searched } = lxcfs.acquire().await;
-                    if searched {
-                        let found = lxcfs.as_ref().map(drop).map_err(Arc::clone);
-                        let _ = tx.send(Message::LxcfsSearched { generation, found }).await;
-                    }
-                    match lxcfs {
-                        Ok(lxcfs) => Some(lxcfs),
-                        Err(e) => {
-                            let completion = Completion::NoLxcfs { why: e.to_string() };
-                            let _ = finished(completion, started.elapsed()).await;
-                            return;
-                        }
+            let lxcfs = if with_lxcfs {
+                let Acquired { lxcfs, searched } = lxcfs.acquire().await;
+                if searched {
+                    let found = lxcfs.as_ref().map(drop).map_err(Arc::clone);
+                    let _ = tx.send(Message::LxcfsSearched { generation, found }).await;
+                }
+                match lxcfs {
+                    Ok(lxcfs) => Some(lxcfs),
+                    Err(e) => {
+                        let completion = Completion::NoLxcfs { why: e.to_string() };
+                        let _ = finished(completion, started.elapsed()).await;
+                        return;
                     }
                 }
+            } else {
+                None
             };
             let permit = permits.acquire_owned().await;
             let started = Instant::now();

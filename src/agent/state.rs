@@ -13,7 +13,10 @@ use std::{
 };
 
 pub use self::operation::{Completion, Operation};
-use self::{container::Container, lxcfs::LxcfsState};
+use self::{
+    container::{Container, InFlight},
+    lxcfs::LxcfsState,
+};
 use super::pod_events::{self, PodReport};
 use crate::{
     model::{
@@ -182,8 +185,12 @@ impl State {
     fn container_started(&mut self, started: StartedContainer, trigger: Trigger, now: Instant) {
         let StartedContainer { pod, name, id, pid } = started;
         if let Some(known) = self.containers.get_mut(&id) {
-            // Another source reported it first. If the runtime did not know it then, it does now.
-            known.pid = pid.or(known.pid);
+            // Another source reported it first. If the runtime did not know its process then, it
+            // does now, and an operation in flight may have failed for that.
+            if pid.is_some() && known.pid != pid {
+                known.pid = pid;
+                known.requeue();
+            }
             known.retry = None;
             return;
         }
@@ -271,8 +278,6 @@ impl State {
                 desired,
                 applied: None,
                 in_flight: None,
-                in_flight_with_lxcfs: false,
-                dirty: false,
                 adoption_pending: false,
                 retry: None,
                 reported_error: None,
@@ -300,8 +305,7 @@ impl State {
                 continue;
             }
             let with_lxcfs = usable && (c.needs_lxcfs() || c.adopt);
-            c.in_flight = Some(c.desired);
-            c.in_flight_with_lxcfs = with_lxcfs;
+            c.in_flight = Some(InFlight { desired: c.desired, with_lxcfs, dirty: false });
             let name = format!("{}/{}/{}", pod.pod.namespace, pod.pod.name, c.name);
             let (id, desired, pid) = (id.clone(), c.desired, c.pid);
             operations.push(Operation { id, desired, name, pid, with_lxcfs });
@@ -344,7 +348,7 @@ impl State {
     pub fn completed(&mut self, id: &ContainerId, completion: Completion, now: Instant) {
         let report_lxcfs = self.reports_missing_lxcfs();
         let Some(c) = self.containers.get_mut(id) else { return };
-        let Some(desired) = c.in_flight else { return };
+        let Some(in_flight) = c.in_flight else { return };
         let Some(pod) = self.pods.get_mut(&c.pod) else {
             // The pod was deleted during the operation. A hung one is kept, so that no second one
             // starts.
@@ -353,7 +357,13 @@ impl State {
             }
             return;
         };
-        self.latencies.extend(c.complete(desired, completion, &mut pod.report, report_lxcfs, now));
+        self.latencies.extend(c.complete(
+            in_flight,
+            completion,
+            &mut pod.report,
+            report_lxcfs,
+            now,
+        ));
         let known = self.unconfirmed.contains_key(id)
             || pod.pod.containers.iter().any(|c| c.id.as_ref() == Some(id));
         if c.in_flight.is_none() && !known {

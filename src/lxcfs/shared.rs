@@ -102,9 +102,13 @@ mod tests {
     #[tokio::test]
     async fn concurrent_users_share_one_search() {
         let workers = Workers::start(1, Duration::from_secs(60)).unwrap();
-        let lxcfs = SharedLxcfs::new(Finder::new(Path::new("/nonexistent")), workers);
+        let lxcfs = SharedLxcfs::new(Finder::new(Path::new("/nonexistent")), workers.clone());
         for _ in 0..2 {
-            let users = futures::future::join_all((0..5).map(|_| lxcfs.acquire())).await;
+            // The only worker is busy until every user waits.
+            let (release, held) = std::sync::mpsc::channel::<()>();
+            let busy = workers.run(move |_| held.recv());
+            let users = futures::future::join_all((0..5).map(|_| lxcfs.acquire()));
+            let (_, users, ()) = tokio::join!(busy, users, async move { drop(release) });
             assert!(users.iter().all(|user| user.lxcfs.is_err()));
             assert_eq!(users.iter().filter(|user| user.searched).count(), 1);
             // A later user searches again.

@@ -1,6 +1,13 @@
 //! Who is not touched, and what a hostile container cannot do.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, sync::Arc, time::Duration};
+
+use kube_lxcfs::{
+    model::view::FileSet,
+    mount::{self, Task, Workers},
+    plan::DesiredView,
+    sys::process::Process,
+};
 
 use crate::harness::*;
 
@@ -247,5 +254,25 @@ fn stale_and_dead_views_are_shown_and_remounted() {
         assert_eq!(views(&target.mountinfo()).len(), 9, "nothing is stacked");
         assert!(target.read("/proc/meminfo").contains("MemTotal"));
         assert!(read(Path::new("/proc/meminfo")).is_ok());
+    });
+}
+
+/// The open view files outlive the unmount of lxcfs, but the kernel no longer clones them.
+#[test]
+fn unmount_during_an_operation_is_no_failure() {
+    isolated(|| {
+        let (lxcfs, bare) = (Lxcfs::start(), Bare::start());
+        let path = Path::new(lxcfs.path());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let reconciled = runtime.block_on(async {
+            let workers = Workers::start(1, Duration::from_secs(10)).unwrap();
+            let files = kube_lxcfs::lxcfs::find(&workers, path).await.unwrap();
+            unmount(path);
+            let process = Arc::new(Process::open(i64::from(bare.pid)).unwrap());
+            let task = Task::reconcile(DesiredView::Exactly(FileSet::ALL), Some(files));
+            mount::reconcile(&workers, process, task).await.unwrap()
+        });
+        assert!(matches!(reconciled, Err(mount::Error::LxcfsUnmounted)), "{reconciled:?}");
+        assert!(views(&bare.mountinfo()).is_empty());
     });
 }

@@ -311,7 +311,7 @@ fn views_follow_when_lxcfs_starts_later() {
         )
         .unwrap();
         let done = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            node.has(&pod.containers["app"], ALL)
+            node.has(&pod.containers["app"], ALL);
         }));
         unmount(&path);
         done.unwrap();

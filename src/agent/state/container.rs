@@ -24,12 +24,7 @@ pub(super) struct Container {
     pub(super) desired: DesiredView,
     /// The desired view that was last reached.
     pub(super) applied: Option<DesiredView>,
-    /// The desired view of the operation in flight.
-    pub(super) in_flight: Option<DesiredView>,
-    /// The operation in flight has, or searches for, the serving lxcfs.
-    pub(super) in_flight_with_lxcfs: bool,
-    /// The operation in flight does not count, because lxcfs changed since its start.
-    pub(super) dirty: bool,
+    pub(super) in_flight: Option<InFlight>,
     /// With adoption: its last operation had no lxcfs, so another follows when there is one.
     pub(super) adoption_pending: bool,
     /// The number of retries so far, and the time of the next.
@@ -40,6 +35,16 @@ pub(super) struct Container {
     pub(super) pid: Option<i64>,
     /// The source that first reported the desired view, and when; until the view is injected.
     pub(super) triggered: Option<(Trigger, Instant)>,
+}
+
+/// The operation of a container that is in flight.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct InFlight {
+    pub(super) desired: DesiredView,
+    /// It has, or searches for, the serving lxcfs.
+    pub(super) with_lxcfs: bool,
+    /// It may have used outdated facts, so another operation follows it.
+    pub(super) dirty: bool,
 }
 
 impl Container {
@@ -60,12 +65,13 @@ impl Container {
         self.needs_lxcfs() || self.adoption_pending
     }
 
-    /// Queues the container again. An operation in flight may have used outdated facts, so another
-    /// follows it.
+    /// Queues the container again, because the facts changed: lxcfs, or its process.
     pub(super) fn requeue(&mut self) {
         self.applied = None;
         self.retry = None;
-        self.dirty = self.in_flight.is_some();
+        if let Some(in_flight) = &mut self.in_flight {
+            in_flight.dirty = true;
+        }
     }
 
     fn schedule_retry(&mut self, now: Instant) {
@@ -79,18 +85,17 @@ impl Container {
         self.retry = None;
     }
 
-    /// Takes the completion of the operation for `desired`, and adds to the report of the pod.
+    /// Takes the completion of the operation `in_flight`, and adds to the report of the pod.
     /// Returns the latency of a view that it injected.
     pub(super) fn complete(
         &mut self,
-        desired: DesiredView,
+        InFlight { desired, with_lxcfs, dirty }: InFlight,
         completion: Completion,
         report: &mut PodReport,
         report_lxcfs: bool,
         now: Instant,
     ) -> Option<(Trigger, Duration)> {
         let mut latency = None;
-        let had_lxcfs = self.in_flight_with_lxcfs;
         match completion {
             Completion::Applied { done, skipped } => {
                 report.add_steps(&self.name, &done);
@@ -116,7 +121,7 @@ impl Container {
                     }
                 }
                 self.set_applied(desired);
-                self.adoption_pending = self.adopt && !had_lxcfs;
+                self.adoption_pending = self.adopt && !with_lxcfs;
                 if self.adoption_pending {
                     self.applied = None;
                 }
@@ -132,7 +137,7 @@ impl Container {
             }
             Completion::NotRunning => self.schedule_retry(now),
             Completion::NoLxcfs { why } => {
-                if report_lxcfs && self.needs_lxcfs() && !self.dirty {
+                if report_lxcfs && self.needs_lxcfs() && !dirty {
                     self.report_error(why, |c, why| report.add_failed(c, why));
                 }
                 self.applied = None;
@@ -146,7 +151,7 @@ impl Container {
             }
         }
         self.in_flight = None;
-        if std::mem::take(&mut self.dirty) {
+        if dirty {
             self.applied = None;
             self.retry = None;
         }

@@ -68,7 +68,11 @@ impl State {
             desired.is_some_and(|desired| desired != DesiredView::Absent)
         };
         for c in self.containers.values_mut() {
-            if c.adopt || c.needs_lxcfs() || has_view(c.applied) || has_view(c.in_flight) {
+            if c.adopt
+                || c.needs_lxcfs()
+                || has_view(c.applied)
+                || has_view(c.in_flight.map(|operation| operation.desired))
+            {
                 c.requeue();
             }
         }

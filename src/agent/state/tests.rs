@@ -250,6 +250,20 @@ fn start_from_many_sources_is_one_operation() {
 }
 
 #[test]
+fn start_stays_pending_when_an_earlier_look_up_fails() {
+    let now = Instant::now();
+    let mut state = listed(Vec::new());
+    // CRI lists the container when it is created. Its process is known from its start on.
+    let created = StartedContainer { pid: None, ..started("p", Some("true"), 1) };
+    state.update(Update::ContainerStarted(created, Trigger::Cri), now);
+    assert_eq!(state.poll_operations(now)[0].pid, None);
+    state.update(Update::ContainerStarted(started("p", Some("true"), 1), Trigger::Nri), now);
+    state.completed(&id(1), Completion::NotRunning, now);
+    assert!(state.is_pending(&id(1)), "the start waits for its view");
+    assert_eq!(state.poll_operations(now)[0].pid, Some(42));
+}
+
+#[test]
 fn container_stopped_before_the_watch_is_removed() {
     let now = Instant::now();
     let mut state = listed(Vec::new());

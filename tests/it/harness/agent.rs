@@ -12,13 +12,13 @@ use super::{Running, eventually, kube_lxcfs};
 
 /// Runs the agent until the end of the test, with a JSON log.
 pub(crate) fn agent(dir: &Path, args: &[&str], env: &[(&str, &str)]) -> Running {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
     let mut command = kube_lxcfs();
     command.args(["agent", "--log-format", "json", "--listen", "127.0.0.1:0"]).args(args);
     if std::env::var_os("RUST_LOG").is_none() {
         command.env("RUST_LOG", "kube_lxcfs=debug");
     }
     command.envs(env.iter().copied());
-    static NUMBER: AtomicU32 = AtomicU32::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     Running::start(&mut command, &dir.join(format!("agent-{number}.log")))
 }

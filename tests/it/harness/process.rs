@@ -62,7 +62,8 @@ impl Running {
         let matches = |entry: &Value| {
             fields.iter().all(|(key, value)| match &entry[key] {
                 Value::String(text) => text == value,
-                other => other.to_string() == *value,
+                Value::Bool(flag) => flag.to_string() == *value,
+                _ => false,
             })
         };
         self.entries().iter().filter(|entry| matches(entry)).count()
