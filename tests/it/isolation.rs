@@ -103,7 +103,7 @@ fn process_outside_a_container_is_refused() {
 #[test]
 fn kernel_thread_is_refused() {
     let flags = |pid: i32| procfs::process::Process::new(pid).ok()?.stat().ok().map(|s| s.flags);
-    assert!(flags(2).is_some_and(|flags| flags & 0x20_0000 != 0), "pid 2 is no kernel thread here");
+    assert!(flags(2).is_some_and(|flags| flags & 0x20_0000 != 0), "pid 2 is not one here");
     let error = fails(&["mount", "--pid", "2"]);
     assert!(error.contains("is a kernel thread"), "{error}");
 }
