@@ -98,8 +98,8 @@ fn process_outside_a_container_is_refused() {
     });
 }
 
-/// Not isolated: a pid namespace shows no kernel threads. The command is refused before it looks for
-/// an lxcfs.
+/// Not isolated: a pid namespace shows no kernel threads. The command is refused before it searches
+/// for an lxcfs.
 #[test]
 fn kernel_thread_is_refused() {
     let flags = |pid: i32| procfs::process::Process::new(pid).ok()?.stat().ok().map(|s| s.flags);
