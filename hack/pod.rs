@@ -44,7 +44,7 @@ async fn main() -> Result<ExitCode> {
 }
 
 async fn ready(mut client: RuntimeServiceClient<Channel>) -> Result<ExitCode> {
-    client.version(cri::VersionRequest::default()).await.context("the runtime does not answer")?;
+    client.version(cri::VersionRequest::default()).await.context("the runtime does not respond")?;
     Ok(ExitCode::SUCCESS)
 }
 

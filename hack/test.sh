@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 export RUST_BACKTRACE=${RUST_BACKTRACE:-0}
 if [ "${1-}" = --unit ]; then
     hack/deps.sh build
-    exec cargo test --locked --lib --bins "${@:2}"
+    exec cargo test --locked --lib "${@:2}"
 fi
 need_root "testing (the tests mount file systems and run containers)"
 hack/deps.sh build demo test
