@@ -251,7 +251,7 @@ no_pods() {
 delete_pods() {
     kubectl -n "$namespace" delete pod -l "app.kubernetes.io/component=$1" --wait >/dev/null
 }
-# rolled_out COMPONENT [TIMEOUT]: for the agent, its readiness probe asks /readyz.
+# rolled_out COMPONENT [TIMEOUT]: for the agent, its readiness probe reads /readyz.
 rolled_out() {
     kubectl -n "$namespace" rollout status "daemonset/kube-lxcfs-$1" --timeout="${2:-90s}" \
         >/dev/null

@@ -61,7 +61,7 @@ compile() {
     mkdir -p go/src/k8s.io
     mv kubernetes-*/ go/src/k8s.io/kubernetes
     cd go/src/k8s.io/kubernetes
-    # The build asks git for the version, unless these variables are set.
+    # The build gets the version from git, unless these variables are set.
     git init -q .
     export KUBE_GIT_VERSION="v$version" KUBE_GIT_MAJOR=1 KUBE_GIT_MINOR=20
     export KUBE_GIT_TREE_STATE=archive KUBE_GIT_COMMIT=0000

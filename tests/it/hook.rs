@@ -1,5 +1,5 @@
 //! `kube-lxcfs hook` with runc, crun and podman: the first read shows the container's own values,
-//! and whatever goes wrong the container starts.
+//! and the container starts even if the hook fails.
 
 use std::{
     fs,
