@@ -164,9 +164,10 @@ impl Supervisor {
                 }
             };
             if let ExitReason::Exited(status) = &reason {
-                let (status, elapsed) =
-                    (status.as_ref().map(|s| child::describe(*s)), started.elapsed());
-                tracing::error!(exit_reason = "exited", ?status, ?elapsed, "lxcfs exited");
+                let status =
+                    status.as_ref().map_or_else(ToString::to_string, |s| child::describe(*s));
+                let elapsed = started.elapsed();
+                tracing::error!(exit_reason = "exited", status, ?elapsed, "lxcfs exited");
             }
             child::terminate(&mut child).await;
             unmount_all(&self.path);

@@ -54,7 +54,7 @@ fn free_port() -> u16 {
     TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
 }
 
-/// The directory of kube-apiserver, as hack/kubernetes.sh finds or builds it.
+/// The directory of kube-apiserver, as hack/offline/kubernetes.sh finds or builds it.
 fn assets() -> PathBuf {
     match std::env::var_os("KUBEBUILDER_ASSETS") {
         Some(dir) => dir.into(),
