@@ -41,17 +41,8 @@ fn mount_and_umount_change_only_the_target() {
 fn user_namespace_gets_and_loses_its_view() {
     isolated(|| {
         let lxcfs = Lxcfs::start();
-        let target = Bare::with(&[
-            "--user",
-            "--map-root-user",
-            "--mount",
-            "--propagation",
-            "private",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-        ]);
+        let user = ["--user", "--map-root-user"];
+        let target = Bare::with(&[&user[..], &OWN_NAMESPACES].concat());
         let pid = target.pid.to_string();
         succeeds(&["mount", "--pid", &pid, "--lxcfs-path", lxcfs.path()]);
         assert_eq!(views(&target.mountinfo()).len(), 9);

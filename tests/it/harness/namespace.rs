@@ -6,6 +6,10 @@ use tempfile::TempDir;
 
 use super::{Running, eventually, program};
 
+/// Arguments of unshare(1): a mount and a pid namespace of its own, with its own `/proc`.
+pub(crate) const OWN_NAMESPACES: [&str; 7] =
+    ["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc"];
+
 /// A process in a mount namespace of its own, with its own `/proc`.
 #[derive(Debug)]
 pub(crate) struct Bare {
@@ -16,15 +20,7 @@ pub(crate) struct Bare {
 
 impl Bare {
     pub(crate) fn start() -> Bare {
-        Bare::with(&[
-            "--mount",
-            "--propagation",
-            "private",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-        ])
+        Bare::with(&OWN_NAMESPACES)
     }
 
     /// With these arguments for unshare(1), among them `--fork`.

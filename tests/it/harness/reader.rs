@@ -11,7 +11,8 @@ use std::{
 use tempfile::TempDir;
 
 use super::{
-    Bare, cgroup_dirs, eventually, eventually_true, remove_cgroup, send, stderr, test_cgroup,
+    Bare, OWN_NAMESPACES, cgroup_dirs, eventually, eventually_true, remove_cgroup, send, stderr,
+    test_cgroup,
 };
 
 /// What a reader saw.
@@ -100,16 +101,7 @@ impl Reader {
         let (program, seen) = (program.to_str().unwrap(), out.to_str().unwrap());
         let command = reader_command(program, seen, READER_MIB, pause);
         let command: Vec<&str> = command.iter().map(String::as_str).collect();
-        let args = [
-            "--mount",
-            "--propagation",
-            "private",
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-        ];
-        let bare = Bare::running(&args, &command);
+        let bare = Bare::running(&OWN_NAMESPACES, &command);
         let cgroup = format!("{}/{id}", test_cgroup());
         let reader = Reader { bare, id, cgroup, out, _dir: dir };
         reader.enter_cgroup();
