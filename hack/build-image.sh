@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 . hack/lib.sh
 
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
-revision=$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
+revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
 args=(--build-arg "VERSION=$version" --build-arg "REVISION=$revision")
 if [ "${1-}" = --print-args ]; then
     printf '%s\n' "${args[@]}"
