@@ -1,6 +1,7 @@
 //! A very small `crictl` for the demo: runs, enters and removes pods over CRI, on the host's
 //! network.
 //!
+//!     pod SOCKET ready                                succeeds if the runtime responds
 //!     pod SOCKET run NAME [KEY=VALUE annotation]...   prints the sandbox's and the container's id
 //!     pod SOCKET exec CONTAINER COMMAND...
 //!     pod SOCKET clear                                removes every pod of this runtime
@@ -24,7 +25,7 @@ async fn main() -> Result<ExitCode> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let [socket, command @ ..] = args.as_slice() else {
-        bail!("usage: pod SOCKET run|exec|clear …")
+        bail!("usage: pod SOCKET ready|run|exec|clear …")
     };
     let socket = (*socket).to_owned();
     let dial = move |_: Uri| {
@@ -39,7 +40,9 @@ async fn main() -> Result<ExitCode> {
         ["run", name, annotations @ ..] => Box::pin(run(client, name, annotations)).await,
         ["exec", id, command @ ..] => exec(client, id, command).await,
         ["clear"] => clear(client).await,
-        _ => bail!("usage: pod SOCKET run NAME [KEY=VALUE]… | exec CONTAINER COMMAND… | clear"),
+        _ => bail!(
+            "usage: pod SOCKET ready | run NAME [KEY=VALUE]… | exec CONTAINER COMMAND… | clear"
+        ),
     }
 }
 
