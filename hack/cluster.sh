@@ -9,7 +9,7 @@
 # Needs a mount namespace whose root is shared:
 #   unshare --mount --propagation shared hack/cluster.sh up DIR
 # Needs: hack/deps.sh test cluster, hack/offline/kubernetes.sh all, and
-#   hack/offline/debian.sh trixie containerd.
+#   hack/offline/debian.sh trixie containerd. The flags are those of Kubernetes 1.20.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 . "$here/lib.sh"

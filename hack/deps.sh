@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs packages of Debian or Ubuntu whose commands are missing. Root is needed only if a command
 # is missing. Services of new packages are not started.
-#   hack/deps.sh SET...       SET: build, demo, test, kubernetes, cluster, image, lint
+#   hack/deps.sh SET...       SET: build, demo, test, helm, kubernetes, cluster, image, lint
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -19,21 +19,24 @@ packages_of() {
         echo etcd etcd-server unshare util-linux openssl openssl kubectl kubernetes-client \
             podman podman crun crun
         ;;
+    helm)
+        echo npm npm python3 python3
+        ;;
     kubernetes)
-        echo go golang-go dpkg-source dpkg-dev rsync rsync make make
+        echo go golang-go dpkg-source dpkg-dev rsync rsync make make git git cc build-essential
         ;;
     cluster)
         echo ip iproute2 iptables iptables conntrack conntrack socat socat nsenter util-linux \
             python3 python3 /usr/lib/cni/bridge containernetworking-plugins
         ;;
     image)
-        echo buildah buildah mmdebstrap mmdebstrap
+        echo buildah buildah mmdebstrap mmdebstrap update-ca-certificates ca-certificates
         ;;
     lint)
         echo shellcheck shellcheck c++ build-essential
         ;;
     *)
-        fail "unknown set '$1'; valid sets: build, demo, test, kubernetes, cluster, image, lint"
+        fail "unknown set '$1'; valid: build demo test helm kubernetes cluster image lint"
         ;;
     esac
 }

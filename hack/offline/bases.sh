@@ -45,8 +45,7 @@ make_rust() {
 
 make_bases() {
     if exists debian:trixie-slim && exists rust:1-trixie; then return; fi
-    mirror=$(debian_mirror)
-    [ -n "$mirror" ] || fail "failed to make base images: apt has no Debian mirror configured"
+    mirror=$(debian_mirror "make base images")
     make_work_dir bases
     exists debian:trixie-slim || make_debian
     exists rust:1-trixie || make_rust

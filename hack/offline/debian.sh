@@ -34,10 +34,7 @@ download() {
 
 unpack() {
     if complete; then return; fi
-    have apt-get || fail "failed to download ${packages[*]} of Debian $release: no apt-get"
-    mirror=$(debian_mirror)
-    [ -n "$mirror" ] ||
-        fail "failed to download ${packages[*]} of Debian $release: apt has no Debian mirror"
+    mirror=$(debian_mirror "download ${packages[*]} of Debian $release")
     make_work_dir debian
     say "downloading ${packages[*]} of Debian $release, once (log: $log)"
     logged "$log" "download ${packages[*]} of Debian $release" download

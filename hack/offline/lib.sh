@@ -2,11 +2,31 @@
 # Functions that the scripts in hack/offline/ share. Sourced, never run.
 . "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
 
-# debian_mirror: prints the URI of the Debian mirror in apt's configuration; nothing without one.
+# system: prints the name of this machine's distribution.
+system() {
+    local name
+    name=$(. /etc/os-release 2>/dev/null && echo "${PRETTY_NAME-}") || true
+    echo "${name:-an unknown distribution}"
+}
+
+# need_debian_12 WHAT HINT: fails on another distribution or release.
+need_debian_12() {
+    local release
+    release=$(. /etc/os-release 2>/dev/null && echo "${ID-} ${VERSION_ID-}") || true
+    [ "$release" = "debian 12" ] ||
+        fail "failed to $1: this needs Debian 12, but the machine runs $(system); $2"
+}
+
+# debian_mirror WHAT: prints the URI of the Debian mirror in apt's configuration.
 debian_mirror() {
+    local uri
+    have apt-get || fail "failed to $1: $(system) has no apt-get; use Debian 12"
     # shellcheck disable=SC2016 # a variable of apt, not of the shell
-    apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' |
-        sed -n '\|/debian/$|p' | head -n 1
+    uri=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' 'Origin: Debian' |
+        sed -n '\|/debian/$|p' | head -n 1)
+    [ -n "$uri" ] ||
+        fail "failed to $1: apt of $(system) has no Debian mirror; add one, or use Debian 12"
+    echo "$uri"
 }
 
 # buildah_ COMMAND...: runs buildah on image storage in the cache.
