@@ -14,18 +14,17 @@ test: ## all tests, with a real lxcfs, containerd and kube-apiserver (root)
 test-unit: ## unit tests only (no root; needs cargo, a C compiler and protoc)
 	hack/test.sh --unit
 
-e2e: ## image and chart on a whole cluster on this machine (root), or on KUBECONFIG's
+e2e: ## image and chart on a cluster on this machine (root), or on KUBECONFIG's with E2E_IMAGE
 	hack/e2e.sh
 
-chaos: ## only the test of 200 rounds of random failures (root; KUBE_LXCFS_SEED repeats a run)
+chaos: ## CHAOS_ROUNDS (200) of random failures; KUBE_LXCFS_SEED repeats a run (root)
 	hack/test.sh --test it -- --nocapture chaos
 
 fuzz: ## each fuzz target for FUZZ_SECONDS (default 30; needs a nightly toolchain)
 	hack/fuzz.sh
 
-bench: ## benchmarks of mounts, the agent, restarts and pod starts (root)
-	hack/deps.sh build demo
-	cargo bench --locked
+bench: ## all benchmarks, or only BENCH: mount, agent, restart or start (root)
+	hack/test.sh --bench $(BENCH)
 
 lint: ## rustfmt, clippy, fuzz crate, layers, dependencies, scripts, chart and manifests
 	hack/lint.sh

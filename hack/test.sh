@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs the tests, after installing everything that they need. Needs root.
+# Runs tests or benchmarks, after installing everything that they need. Needs root.
 #   hack/test.sh [ARGUMENT of cargo test]...     as in: hack/test.sh --test it -- isolation
-#   hack/test.sh --unit                          unit tests only, without root
+#   hack/test.sh --bench [NAME [ARGUMENT]...]    benchmarks; all without NAME, a file in benches/
+#   hack/test.sh --unit [ARGUMENT]...            unit tests only, without root
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . hack/lib.sh
@@ -11,7 +12,12 @@ if [ "${1-}" = --unit ]; then
     hack/deps.sh build
     exec cargo test --locked --lib "${@:2}"
 fi
-need_root "testing (the tests mount file systems and run containers)"
+command=(cargo test --locked "$@")
+if [ "${1-}" = --bench ]; then
+    [ -z "${2-}" ] || [ -f "benches/$2.rs" ] || fail "unknown benchmark '$2'; see benches/"
+    command=(cargo bench --locked --bench "${2:-*}" -- "${@:3}")
+fi
+need_root "this command (it mounts file systems and runs containers)"
 hack/deps.sh build demo test
 hack/offline/busybox-image.sh >/dev/null
 # A containerd 1.7 and a 2.x, for NRI.
@@ -20,4 +26,4 @@ hack/offline/debian.sh sid containerd >/dev/null
 hack/offline/helm.sh >/dev/null
 KUBEBUILDER_ASSETS=$(hack/offline/kubernetes.sh)
 export KUBEBUILDER_ASSETS
-cargo test --locked "$@"
+"${command[@]}"
