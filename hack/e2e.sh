@@ -2,7 +2,15 @@
 # End-to-end test: the image, the chart, pods, restarts and failures of every component, uninstall.
 #
 # By default on a cluster that it starts and removes, as root. With E2E_IMAGE on the cluster that
-# KUBECONFIG names; steps that need access to the node are skipped there. Variables:
+# KUBECONFIG names; steps that need access to the node are skipped there. On that cluster it:
+#   - refuses to run if kube-lxcfs is installed, in any namespace and under any name
+#   - installs, upgrades and uninstalls the release kube-lxcfs in the namespace kube-lxcfs, which
+#     makes cluster-wide RBAC objects, and a privileged pod on every node
+#   - runs its pods in the namespace kube-lxcfs-e2e, which must not exist
+#   - injects and removes views in other pods that have opted in to kube-lxcfs
+#   - removes the release and both namespaces at the end, kube-lxcfs only if it has created it
+# Variables:
+#   KUBECONFIG=FILE              the cluster, by its current context; needs E2E_IMAGE
 #   E2E_IMAGE=REPOSITORY:TAG     the image, which the nodes can pull
 #   E2E_IMAGE_2=REPOSITORY:TAG   another tag of it, for the upgrade steps
 #   E2E_BUSYBOX=IMAGE            the image of test pods (busybox:1)
@@ -21,6 +29,8 @@ given=
 if [ -n "${E2E_IMAGE-}" ]; then
     [ -n "${KUBECONFIG-}" ] || fail "E2E_IMAGE needs a cluster; set KUBECONFIG"
     given=yes
+elif [ -n "${KUBECONFIG-}" ]; then
+    fail "KUBECONFIG needs the image to test; set E2E_IMAGE, or unset KUBECONFIG for a new cluster"
 elif [ "${KUBE_LXCFS_IN_NAMESPACE-}" != 1 ]; then
     need_root "a cluster"
     hack/deps.sh build demo test cluster image
@@ -35,10 +45,32 @@ elif [ "${KUBE_LXCFS_IN_NAMESPACE-}" != 1 ]; then
 fi
 
 PATH="$(hack/offline/helm.sh):$PATH"
-dir=$(mktemp -d /tmp/kle2e.XXXXXX)
+# The release's namespace, and that of the pods.
 namespace=kube-lxcfs
+pods_namespace=kube-lxcfs-e2e
+
+exists() { [ -n "$(kubectl get "$1" "$2" --ignore-not-found -o name)" ]; }
+
+# check_given_cluster: sets $created to the release's namespace if it does not exist.
+created=
+check_given_cluster() {
+    local found
+    found=$(kubectl get daemonsets --all-namespaces -l app.kubernetes.io/name=kube-lxcfs -o name) ||
+        fail "failed to list DaemonSets of the cluster of KUBECONFIG"
+    found+=$(helm list --all-namespaces --short --filter '^kube-lxcfs$') ||
+        fail "failed to list releases of the cluster of KUBECONFIG"
+    [ -z "$found" ] || fail "kube-lxcfs is installed on the cluster of KUBECONFIG; uninstall it"
+    ! exists namespace "$pods_namespace" ||
+        fail "the namespace $pods_namespace exists on the cluster of KUBECONFIG; delete it"
+    exists namespace "$namespace" || created=$namespace
+}
+if [ -n "$given" ]; then check_given_cluster; fi
+
+dir=$(mktemp -d /tmp/kle2e.XXXXXX)
 host=$dir/host
 if [ -n "$given" ]; then
+    # A copy, whose current namespace is changed.
+    kubectl config view --raw --minify --flatten >"$dir/kubeconfig"
     image=${E2E_IMAGE%:*} tag=${E2E_IMAGE##*:}
     second=${E2E_IMAGE_2:-$E2E_IMAGE} second=${second##*:}
     busybox=${E2E_BUSYBOX:-busybox:1} pull=IfNotPresent
@@ -47,8 +79,8 @@ else
     image=localhost/kube-lxcfs tag=e2e second=e2e-2
     busybox=$BUSYBOX_IMAGE pull=Never
     nri=1 port= # set when the cluster starts
-    export KUBECONFIG=$dir/kubeconfig
 fi
+export KUBECONFIG=$dir/kubeconfig
 values=(--namespace "$namespace" --create-namespace --wait --timeout 3m
     --set "image.repository=$image,image.tag=$tag,image.pullPolicy=$pull"
     --set "test.image=$busybox,test.pullPolicy=$pull,log.format=json")
@@ -103,9 +135,9 @@ print_state() {
 clean_up() {
     if [ "$result" = failed ]; then print_state >&2; fi
     if [ -n "$given" ]; then
-        helm uninstall kube-lxcfs --namespace "$namespace" >/dev/null 2>&1 || true
-        kubectl delete deployment before in out later without-lxcfs >/dev/null 2>&1 || true
-        kubectl label namespace default kube-lxcfs.io/inject- >/dev/null 2>&1 || true
+        helm uninstall kube-lxcfs --namespace "$namespace" --wait >/dev/null 2>&1 || true
+        # shellcheck disable=SC2086 # nothing if it was not created
+        kubectl delete namespace "$pods_namespace" $created --timeout=3m >/dev/null 2>&1 || true
         rm -rf "$dir"
     else
         hack/cluster.sh down "$dir"
@@ -296,6 +328,12 @@ restart_node() {
 
 # ---- the steps --------------------------------------------------------------------------------
 
+# From here on, kubectl without --namespace means the pods' namespace.
+the_namespace_of_the_pods_is_created() {
+    kubectl create namespace "$pods_namespace" >/dev/null
+    kubectl config set-context --current --namespace="$pods_namespace" >/dev/null
+}
+
 helm_installs_the_chart() {
     deployment before 1 "$opt_in"
     install
@@ -330,9 +368,9 @@ annotations_and_labels_of_running_pods_take_effect() {
     eventually 5 "the annotated pod sees its limit" sees_limit "$pod"
     kubectl annotate "$pod" kube-lxcfs.io/inject- >/dev/null
     eventually 5 "the pod without annotation sees the node" sees_node "$pod"
-    kubectl label namespace default kube-lxcfs.io/inject=true >/dev/null
+    kubectl label namespace "$pods_namespace" kube-lxcfs.io/inject=true >/dev/null
     eventually 5 "pods of the labelled namespace see their limit" all_pods sees_limit out
-    kubectl label namespace default kube-lxcfs.io/inject- >/dev/null
+    kubectl label namespace "$pods_namespace" kube-lxcfs.io/inject- >/dev/null
     eventually 5 "pods of the namespace without label see the node" all_pods sees_node out
 }
 
@@ -583,6 +621,7 @@ main() {
         step the_image_builds
         step a_node_and_its_control_plane_start
     fi
+    step the_namespace_of_the_pods_is_created
     step helm_installs_the_chart
     step pods_that_opt_in_see_their_limit_and_others_the_node
     step metrics_and_status_agree
