@@ -1,4 +1,4 @@
-# Every target installs what it needs on Debian and Ubuntu, by the scripts in hack/.
+# Every target installs what it needs from the distribution, by the scripts in hack/.
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-unit e2e chaos fuzz bench lint build image manifests
 
@@ -8,7 +8,7 @@ help: ## this list
 demo: ## watch the /proc of a running container change, and change back (root)
 	hack/demo.sh
 
-test: ## all tests, with a real lxcfs, containerd and kube-apiserver (root)
+test: ## unit and integration tests, with a real lxcfs, containerd and kube-apiserver (root)
 	hack/test.sh
 
 test-unit: ## unit tests only (no root; needs cargo, a C compiler and protoc)
