@@ -55,8 +55,9 @@ exists() { [ -n "$(kubectl get "$1" "$2" --ignore-not-found -o name)" ]; }
 created=
 check_given_cluster() {
     local found
-    found=$(kubectl get daemonsets --all-namespaces -l app.kubernetes.io/name=kube-lxcfs -o name) ||
-        fail "failed to list DaemonSets of the cluster of KUBECONFIG"
+    found=$(kubectl get daemonsets,clusterroles --all-namespaces -o name \
+        -l app.kubernetes.io/name=kube-lxcfs) ||
+        fail "failed to list DaemonSets and ClusterRoles of the cluster of KUBECONFIG"
     found+=$(helm list --all-namespaces --short --filter '^kube-lxcfs$') ||
         fail "failed to list releases of the cluster of KUBECONFIG"
     [ -z "$found" ] || fail "kube-lxcfs is installed on the cluster of KUBECONFIG; uninstall it"
