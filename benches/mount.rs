@@ -27,7 +27,7 @@ use futures::{StreamExt, stream};
 use kube_lxcfs::{
     lxcfs,
     model::view::FileSet,
-    mount::{self, LxcfsFiles, Task, Workers},
+    mount::{self, IfLocked, LxcfsFiles, Task, Workers},
     plan::DesiredView,
     sys::{self, Ownership, process::Process},
 };
@@ -164,6 +164,7 @@ fn one_container(
                 context,
                 &process,
                 &Task::reconcile(DesiredView::Exactly(FileSet::ALL), Some(lxcfs.clone())),
+                IfLocked::Fail,
             )
             .unwrap();
             let between = Instant::now();
@@ -171,6 +172,7 @@ fn one_container(
                 context,
                 &process,
                 &Task::reconcile(DesiredView::Absent, None),
+                IfLocked::Fail,
             )
             .unwrap();
             ours.push([between - started, between.elapsed()]);

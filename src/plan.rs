@@ -2,7 +2,10 @@
 //! makes no calls and reads no clock. A start of the agent, a retry, a remount pass and an
 //! annotation change all use it.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, HashSet},
+    fmt,
+};
 
 use crate::{
     model::{
@@ -42,6 +45,9 @@ pub struct ServingLxcfs {
 pub enum LayerKind {
     /// A view file that kube-lxcfs mounted.
     Managed(Dev),
+    /// A file that kube-lxcfs mounted over a locked one: of an lxcfs, or without a device the
+    /// node's own file.
+    Cover(Option<Dev>),
     /// An lxcfs file that came with the pod, for example from an admission webhook's volume.
     PodProvided(Dev),
     /// Anything else.
@@ -53,6 +59,29 @@ pub enum LayerKind {
 pub struct Layer {
     pub id: MountId,
     pub kind: LayerKind,
+    /// The kernel refuses to detach it: it was copied into a nested user namespace
+    /// (mount_namespaces(7)). The mount table does not show this.
+    pub locked: bool,
+}
+
+impl Layer {
+    /// Whether a mount must stay at this place of the stack.
+    fn is_fixed(&self) -> bool {
+        self.locked || matches!(self.kind, LayerKind::Cover(_))
+    }
+
+    fn cover(&self, file: ViewFile, with: CoverFile) -> Step {
+        Step::Cover { file, mount: self.id, with, locked: self.locked }
+    }
+
+    /// The step that makes a managed mount come from the serving lxcfs, if it does not.
+    fn make_current(&self, file: ViewFile, serving: Dev) -> Option<Step> {
+        match self.kind {
+            LayerKind::Managed(dev) | LayerKind::Cover(Some(dev)) if dev == serving => None,
+            _ if self.is_fixed() => Some(self.cover(file, CoverFile::Lxcfs)),
+            _ => Some(Step::Remount { file, mount: self.id }),
+        }
+    }
 }
 
 /// The reason why no view file can be mounted below `/proc` or `/sys` of a container.
@@ -83,6 +112,8 @@ impl fmt::Display for UnusableBase {
 pub struct ObservedMounts {
     /// The reachable mounts on each view file's path, bottom first.
     pub layers: BTreeMap<ViewFile, Vec<Layer>>,
+    /// The topmost mounts at `/proc` and `/sys`.
+    pub bases: BTreeMap<BaseFs, MountId>,
     /// The bases that cannot hold a view file.
     pub unusable: BTreeMap<BaseFs, UnusableBase>,
 }
@@ -91,9 +122,16 @@ impl ObservedMounts {
     /// The files whose topmost mount is managed, and the lxcfs that each comes from.
     pub fn views(&self) -> impl Iterator<Item = (ViewFile, Dev)> {
         self.layers.iter().filter_map(|(file, layers)| match layers.last()?.kind {
-            LayerKind::Managed(dev) => Some((*file, dev)),
+            LayerKind::Managed(dev) | LayerKind::Cover(Some(dev)) => Some((*file, dev)),
             _ => None,
         })
+    }
+
+    /// Marks these mounts as locked.
+    pub fn mark_locked(&mut self, mounts: &HashSet<MountId>) {
+        for layer in self.layers.values_mut().flatten() {
+            layer.locked |= mounts.contains(&layer.id);
+        }
     }
 }
 
@@ -108,6 +146,17 @@ pub enum Step {
     Remove { file: ViewFile, mount: MountId },
     /// As [`Step::Remount`], for a pod-provided mount; the new mount counts as pod-provided too.
     Adopt { file: ViewFile, mount: MountId },
+    /// Mount `with` over this locked managed mount, or in place of this cover.
+    Cover { file: ViewFile, mount: MountId, with: CoverFile, locked: bool },
+}
+
+/// The file that covers a locked managed mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CoverFile {
+    /// The serving lxcfs's.
+    Lxcfs,
+    /// The node's own, which shows what the container's own file shows.
+    Node,
 }
 
 impl Step {
@@ -116,7 +165,8 @@ impl Step {
             Step::Inject(file)
             | Step::Remount { file, .. }
             | Step::Remove { file, .. }
-            | Step::Adopt { file, .. } => file,
+            | Step::Adopt { file, .. }
+            | Step::Cover { file, .. } => file,
         }
     }
 
@@ -125,8 +175,10 @@ impl Step {
     pub fn operation(self) -> Operation {
         match self {
             Step::Inject(_) => Operation::Inject,
-            Step::Remove { .. } => Operation::Remove,
-            Step::Remount { .. } | Step::Adopt { .. } => Operation::Remount,
+            Step::Remove { .. } | Step::Cover { with: CoverFile::Node, .. } => Operation::Remove,
+            Step::Remount { .. }
+            | Step::Adopt { .. }
+            | Step::Cover { with: CoverFile::Lxcfs, .. } => Operation::Remount,
         }
     }
 }
@@ -180,12 +232,11 @@ pub fn plan(
             let usable =
                 !observed.unusable.contains_key(&file.base()) && serving.files.contains(*file);
             // Managed mounts that lie on it by mistake are removed by the steps above.
-            let is_removed = |l: &&Layer| {
-                desired != DesiredView::Unmanaged && matches!(l.kind, LayerKind::Managed(_))
+            let below = match desired {
+                DesiredView::Unmanaged => layers.last(),
+                _ => split(layers).0,
             };
-            let removed = layers.iter().rev().take_while(is_removed).count();
-            if let Some(Layer { id, kind: LayerKind::PodProvided(dev) }) =
-                layers[..layers.len() - removed].last()
+            if let Some(Layer { id, kind: LayerKind::PodProvided(dev), .. }) = below
                 && usable
                 && *dev != serving.dev
             {
@@ -201,13 +252,38 @@ pub fn plan(
 pub fn plan_sweep(observed: &ObservedMounts, exited: impl Fn(Dev) -> bool) -> Plan {
     let mut plan = Plan::default();
     for (file, layers) in &observed.layers {
-        let dead = layers
-            .iter()
-            .rev()
-            .take_while(|l| matches!(l.kind, LayerKind::Managed(dev) if exited(dev)));
-        plan.steps.extend(dead.map(|l| Step::Remove { file: *file, mount: l.id }));
+        let (_, managed) = split(layers);
+        let dead = managed.iter().rev().take_while(|l| match l.kind {
+            LayerKind::Managed(dev) | LayerKind::Cover(Some(dev)) => exited(dev),
+            _ => false,
+        });
+        let kept = managed.len() - dead.count();
+        plan.steps.extend(remove(*file, &managed[kept..]));
     }
     plan
+}
+
+/// The managed layers on top of a stack that can be changed, and the layer below them. They go down
+/// to one that stays: what lies below that one does not matter.
+fn split(layers: &[Layer]) -> (Option<&Layer>, &[Layer]) {
+    let is_managed = |l: &&Layer| matches!(l.kind, LayerKind::Managed(_) | LayerKind::Cover(_));
+    let run = layers.iter().rev().take_while(is_managed).count();
+    let (below, managed) = layers.split_at(layers.len() - run);
+    match managed.iter().rposition(Layer::is_fixed) {
+        Some(lowest) => (None, &managed[lowest..]),
+        None => (below.last(), managed),
+    }
+}
+
+/// Removes managed layers, the topmost first. One that stays is covered.
+fn remove(file: ViewFile, layers: &[Layer]) -> Vec<Step> {
+    let remove = |l: &Layer| match l.kind {
+        // It shows the node's own file already.
+        LayerKind::Cover(None) => None,
+        _ if l.is_fixed() => Some(l.cover(file, CoverFile::Node)),
+        _ => Some(Step::Remove { file, mount: l.id }),
+    };
+    layers.iter().rev().filter_map(remove).collect()
 }
 
 fn plan_managed(
@@ -226,23 +302,16 @@ fn plan_managed(
     let mut plan = Plan::default();
     for file in ViewFile::ALL {
         let layers = observed.layers.get(&file).map_or(&[][..], Vec::as_slice);
-        // Only the top can be reached: managed mounts below an unrelated one wait until that is
-        // unmounted.
-        let managed =
-            layers.iter().rev().take_while(|l| matches!(l.kind, LayerKind::Managed(_))).count();
-        let (below, managed) = layers.split_at(layers.len() - managed);
-        let remove = |layers: &[Layer]| {
-            layers.iter().rev().map(|l| Step::Remove { file, mount: l.id }).collect::<Vec<_>>()
-        };
+        let (below, managed) = split(layers);
         if !desired.contains(file) {
-            plan.steps.extend(remove(managed));
+            plan.steps.extend(remove(file, managed));
             continue;
         }
         let Some(serving) = serving else {
             continue;
         };
         if !serving.files.contains(file) {
-            plan.steps.extend(remove(managed));
+            plan.steps.extend(remove(file, managed));
             // `ALL` means all that lxcfs serves: another file is not reported as skipped.
             if desired != FileSet::ALL {
                 plan.skipped.push((file, SkipReason::NotServed));
@@ -253,25 +322,22 @@ fn plan_managed(
             plan.skipped.push((file, SkipReason::Base(file.base(), why.clone())));
             continue;
         }
-        match (below.last().map(|l| l.kind), managed) {
+        match (below, managed) {
             // A managed mount that is stacked on another kind is a mistake: kube-lxcfs never mounts
             // on one.
-            (Some(kind), managed) => {
-                plan.steps.extend(remove(managed));
-                let why = match kind {
+            (Some(below), managed) => {
+                plan.steps.extend(remove(file, managed));
+                let why = match below.kind {
                     LayerKind::PodProvided(_) => SkipReason::PodProvided,
-                    LayerKind::Managed(_) | LayerKind::Unrelated => SkipReason::PathOccupied,
+                    _ => SkipReason::PathOccupied,
                 };
                 plan.skipped.push((file, why));
             }
             (None, []) => plan.steps.push(Step::Inject(file)),
-            // One stays: the lowest. The others are removed first, and the lowest is remounted
-            // unless it is current.
+            // One stays: the lowest. The others are removed first, and the lowest is made current.
             (None, [lowest, above @ ..]) => {
-                plan.steps.extend(remove(above));
-                if lowest.kind != LayerKind::Managed(serving.dev) {
-                    plan.steps.push(Step::Remount { file, mount: lowest.id });
-                }
+                plan.steps.extend(remove(file, above));
+                plan.steps.extend(lowest.make_current(file, serving.dev));
             }
         }
     }
@@ -292,7 +358,7 @@ mod tests {
         let layers = layers
             .iter()
             .zip(1..)
-            .map(|(kind, id)| Layer { id: MountId(id), kind: *kind })
+            .map(|(kind, id)| Layer { id: MountId(id), kind: *kind, locked: false })
             .collect();
         ObservedMounts {
             layers: BTreeMap::from([(ViewFile::Meminfo, layers)]),
@@ -316,6 +382,43 @@ mod tests {
 
     fn adopt(mount: u64) -> Step {
         Step::Adopt { file: FILE, mount: MountId(mount) }
+    }
+
+    fn cover(mount: u64, with: CoverFile, locked: bool) -> Step {
+        Step::Cover { file: FILE, mount: MountId(mount), with, locked }
+    }
+
+    #[test]
+    fn locked_mounts_are_covered_and_covers_replaced() {
+        use CoverFile::{Lxcfs, Node};
+        use LayerKind::{Cover, Managed, Unrelated};
+        type Case = (DesiredView, &'static [LayerKind], &'static [u64], Vec<Step>);
+        let table: [Case; 10] = [
+            (meminfo(), &[Managed(OLD)], &[1], vec![cover(1, Lxcfs, true)]),
+            (meminfo(), &[Managed(NEW)], &[1], vec![]),
+            (meminfo(), &[Cover(Some(OLD))], &[], vec![cover(1, Lxcfs, false)]),
+            (meminfo(), &[Cover(Some(NEW))], &[], vec![]),
+            (meminfo(), &[Cover(None)], &[], vec![cover(1, Lxcfs, false)]),
+            (DesiredView::REMOUNT_ONLY, &[Cover(None)], &[], vec![]),
+            (DesiredView::Absent, &[Managed(OLD)], &[1], vec![cover(1, Node, true)]),
+            (
+                DesiredView::Absent,
+                &[Managed(OLD), Managed(OLD), Managed(NEW)],
+                &[1, 2],
+                vec![remove(3), cover(2, Node, true)],
+            ),
+            (DesiredView::Absent, &[Cover(None)], &[], vec![]),
+            (DesiredView::Absent, &[Unrelated, Managed(OLD)], &[2], vec![cover(2, Node, true)]),
+        ];
+        for (desired, layers, locked, steps) in table {
+            let mut observed = observed(layers);
+            observed.mark_locked(&locked.iter().copied().map(MountId).collect());
+            assert_eq!(
+                plan(desired, &observed, SERVING, false).steps,
+                steps,
+                "{desired:?} {layers:?} {locked:?}"
+            );
+        }
     }
 
     #[test]
@@ -400,6 +503,24 @@ mod tests {
     }
 
     #[test]
+    fn sweep_covers_locked_and_covered_mounts() {
+        use CoverFile::Node;
+        use LayerKind::{Cover, Managed};
+        for (layers, locked, steps) in [
+            (&[Managed(OLD)][..], &[1][..], vec![cover(1, Node, true)]),
+            (&[Managed(OLD), Managed(OLD)], &[1], vec![remove(2), cover(1, Node, true)]),
+            (&[Cover(Some(OLD))], &[], vec![cover(1, Node, false)]),
+            (&[Cover(Some(OLD))], &[1], vec![cover(1, Node, true)]),
+            (&[Cover(Some(NEW))], &[], vec![]),
+            (&[Cover(None)], &[], vec![]),
+        ] {
+            let mut observed = observed(layers);
+            observed.mark_locked(&locked.iter().copied().map(MountId).collect());
+            assert_eq!(plan_sweep(&observed, |dev| dev == OLD).steps, steps, "{layers:?}");
+        }
+    }
+
+    #[test]
     fn sweep_removes_only_views_of_exited_lxcfs() {
         use LayerKind::{Managed, PodProvided, Unrelated};
         for (layers, steps) in [
@@ -423,6 +544,17 @@ mod tests {
         ]
     }
 
+    /// Only managed mounts are locked, and a cover is the lowest of them that matters.
+    fn stack() -> impl Strategy<Value = Vec<(LayerKind, bool)>> {
+        let cover = prop_oneof![Just(None), Just(Some(OLD)), Just(Some(NEW))];
+        let cover = proptest::option::weighted(0.2, cover.prop_map(LayerKind::Cover));
+        let above = proptest::collection::vec((kinds(), proptest::bool::weighted(0.2)), 0..4);
+        (cover, above).prop_map(|(cover, above)| {
+            let lock = |(kind, locked)| (kind, locked && matches!(kind, LayerKind::Managed(_)));
+            cover.map(|kind| (kind, false)).into_iter().chain(above.into_iter().map(lock)).collect()
+        })
+    }
+
     fn bases() -> impl Strategy<Value = BTreeMap<BaseFs, UnusableBase>> {
         let base = prop_oneof![Just(BaseFs::Procfs), Just(BaseFs::Sysfs)];
         let why = prop_oneof![
@@ -434,20 +566,17 @@ mod tests {
     }
 
     fn any_observed() -> impl Strategy<Value = ObservedMounts> {
-        let layers = proptest::collection::vec(
-            proptest::collection::vec(kinds(), 0..4),
-            ViewFile::ALL.len(),
-        );
+        let layers = proptest::collection::vec(stack(), ViewFile::ALL.len());
         (layers, bases()).prop_map(|(stacks, unusable)| {
             let mut ids = 1..;
-            let stack = |kinds: Vec<LayerKind>| {
-                kinds
-                    .into_iter()
-                    .map(|kind| Layer { id: MountId(ids.next().unwrap()), kind })
-                    .collect()
+            let stack = |kinds: Vec<(LayerKind, bool)>| {
+                let layer =
+                    |(kind, locked)| Layer { id: MountId(ids.next().unwrap()), kind, locked };
+                kinds.into_iter().map(layer).collect()
             };
             ObservedMounts {
                 layers: ViewFile::ALL.into_iter().zip(stacks.into_iter().map(stack)).collect(),
+                bases: BTreeMap::new(),
                 unusable,
             }
         })
@@ -473,13 +602,23 @@ mod tests {
     /// Simulates a step. Panics when it names a mount that is not a managed one on top of its path.
     fn apply(observed: &mut ObservedMounts, step: Step) {
         let stack = observed.layers.entry(step.file()).or_default();
+        let id = MountId(1000 + step.file() as u64);
+        let new = |kind| Layer { id, kind, locked: false };
         match step {
             Step::Inject(_) => {
                 assert!(stack.is_empty(), "mounted on another mount");
-                stack.push(Layer {
-                    id: MountId(1000 + step.file() as u64),
-                    kind: LayerKind::Managed(NEW),
-                });
+                stack.push(new(LayerKind::Managed(NEW)));
+            }
+            Step::Cover { mount, with, locked, .. } => {
+                let top = stack.last().expect("a mount to cover");
+                assert_eq!((top.id, top.locked), (mount, locked), "not the topmost");
+                let kinds = matches!(top.kind, LayerKind::Managed(_) | LayerKind::Cover(_));
+                assert!(kinds, "covered an unmanaged mount");
+                if !locked {
+                    assert!(matches!(top.kind, LayerKind::Cover(_)), "detached a locked mount");
+                    stack.pop();
+                }
+                stack.push(new(LayerKind::Cover((with == CoverFile::Lxcfs).then_some(NEW))));
             }
             Step::Adopt { mount, .. } => {
                 let top = stack.last_mut().expect("a mount to adopt");
@@ -494,11 +633,9 @@ mod tests {
                 let top = stack.pop().expect("a mount to detach");
                 assert_eq!(top.id, mount, "not the topmost");
                 assert!(matches!(top.kind, LayerKind::Managed(_)), "detached an unmanaged mount");
+                assert!(!top.locked, "detached a locked mount");
                 if let Step::Remount { .. } = step {
-                    stack.push(Layer {
-                        id: MountId(1000 + step.file() as u64),
-                        kind: LayerKind::Managed(NEW),
-                    });
+                    stack.push(new(LayerKind::Managed(NEW)));
                 }
             }
         }
@@ -523,7 +660,9 @@ mod tests {
             // Nothing but managed mounts was touched.
             let unmanaged = |t: &ObservedMounts| {
                 let layers = t.layers.values().flatten();
-                let others = layers.filter(|l| !matches!(l.kind, LayerKind::Managed(_)));
+                let others = layers.filter(|l| {
+                    matches!(l.kind, LayerKind::PodProvided(_) | LayerKind::Unrelated)
+                });
                 others.map(|l| l.id).collect::<Vec<_>>()
             };
             prop_assert_eq!(unmanaged(&before), unmanaged(&after));

@@ -21,6 +21,7 @@ use crate::{
         nri::{self, NriMode},
     },
     supervisor::volume,
+    sys::syscalls::Purpose,
     telemetry::{events::Events, metrics::Metrics},
 };
 
@@ -30,7 +31,7 @@ const CHANNEL_CAPACITY: usize = 256;
 pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     let lxcfs_path = common.lxcfs_path.clone();
     let cri = CriClient::new(common.cri_endpoint);
-    let workers = workers(args.workers)?;
+    let workers = workers(args.workers, Purpose::Mount)?;
     let finder = Finder::new(&common.lxcfs_path);
     let (updates_tx, updates) = mpsc::channel(CHANNEL_CAPACITY);
     let (lxcfs_changes_tx, lxcfs_changes) = mpsc::channel(CHANNEL_CAPACITY);

@@ -11,7 +11,7 @@ use crate::{
     lxcfs,
     mount::Workers,
     runtime::cri::{CriClient, Version},
-    sys::syscalls,
+    sys::syscalls::{self, Purpose},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -89,7 +89,7 @@ pub(super) async fn run(common: Common, nri_socket: &Path, output: Output) -> Re
 
 async fn all(lxcfs_path: &Path, cri: &CriClient, nri_socket: &Path) -> Vec<Check> {
     let mut checks = vec![
-        match syscalls::verify_syscalls() {
+        match syscalls::verify_syscalls(Purpose::Mount) {
             Ok(()) => ok("kernel", "has all mount system calls (5.12 or later)"),
             Err(e) => fail("kernel", e),
         },

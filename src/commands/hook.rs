@@ -18,7 +18,7 @@ use crate::{
     lxcfs,
     mount::{self, Outcome, Task},
     oci_hook::{HookRequest, MAX_INPUT_BYTES, State, parse_request},
-    sys::process::Process,
+    sys::{process::Process, syscalls::Purpose},
 };
 
 /// The container waits for the hook at most this time.
@@ -92,7 +92,7 @@ async fn inject(
 ) -> Result<Outcome> {
     let root =
         root.canonicalize().with_context(|| format!("failed to resolve {}", root.display()))?;
-    let workers = workers(Some(1))?;
+    let workers = workers(Some(1), Purpose::Mount)?;
     let lxcfs = lxcfs::find(&workers, &common.lxcfs_path).await?;
     let process = Arc::new(Process::open(pid)?.with_root(root));
     match mount::reconcile(&workers, process, Task::reconcile(desired, Some(lxcfs))).await {

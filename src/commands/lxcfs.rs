@@ -8,7 +8,7 @@ use super::check;
 use crate::{
     args::{Common, LxcfsArgs},
     supervisor::Supervisor,
-    sys::syscalls,
+    sys::syscalls::{self, Purpose},
 };
 
 pub(super) async fn run(
@@ -16,7 +16,7 @@ pub(super) async fn run(
     LxcfsArgs { lxcfs_bin, watchdog, args }: LxcfsArgs,
 ) -> Result<ExitCode> {
     check::require_capabilities()?;
-    syscalls::verify_syscalls()?;
+    syscalls::verify_syscalls(Purpose::Mount)?;
     let path = std::path::absolute(&common.lxcfs_path)?;
     Supervisor { path, bin: lxcfs_bin, args, watchdog }.run().await?;
     Ok(ExitCode::SUCCESS)

@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use crate::{
     args::{Cli, Command},
     mount::Workers,
-    sys::syscalls,
+    sys::syscalls::{self, Purpose},
 };
 
 /// The deadline of each operation on a container and of each request to lxcfs; one that misses it
@@ -55,10 +55,10 @@ async fn dispatch(Cli { common, command }: Cli) -> Result<ExitCode> {
     }
 }
 
-/// Starts the threads that mount, after a check that they can.
-fn workers(threads: Option<u16>) -> Result<Workers> {
+/// Starts the threads that enter containers, after a check that they can do what is required.
+fn workers(threads: Option<u16>, purpose: Purpose) -> Result<Workers> {
     check::require_capabilities()?;
-    syscalls::verify_syscalls()?;
+    syscalls::verify_syscalls(purpose)?;
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get().min(4));
     let threads = threads.map_or(cpus, usize::from);
     Workers::start(threads, DEADLINE).context("failed to start the threads that mount")

@@ -19,7 +19,7 @@ use crate::{
     node,
     plan::DesiredView,
     runtime::{Runtime, cgroup, cri::CriClient},
-    sys::process::Process,
+    sys::{process::Process, syscalls::Purpose},
 };
 
 /// The time that `remount --all` waits for an lxcfs that is starting.
@@ -33,7 +33,7 @@ pub(super) async fn mount(
     files: Option<FileSet>,
     output: Output,
 ) -> Result<ExitCode> {
-    let workers = workers(None)?;
+    let workers = workers(None, Purpose::Mount)?;
     let process = process(&common, target.pid, target.container.as_deref()).await?;
     let lxcfs = lxcfs::find(&workers, &common.lxcfs_path).await?;
     let desired = DesiredView::AtLeast(files.unwrap_or(FileSet::ALL));
@@ -45,7 +45,7 @@ pub(super) async fn umount(
     target: TargetOrAll,
     output: Output,
 ) -> Result<ExitCode> {
-    let workers = workers(None)?;
+    let workers = workers(None, Purpose::Remove)?;
     let processes = processes(&workers, &common, target).await?;
     apply_and_print(&workers, processes, DesiredView::Absent, None, output).await
 }
@@ -55,7 +55,7 @@ pub(super) async fn remount(
     target: TargetOrAll,
     output: Output,
 ) -> Result<ExitCode> {
-    let workers = workers(None)?;
+    let workers = workers(None, Purpose::Mount)?;
     // As ExecStartPost= of a systemd unit it runs as soon as lxcfs was started, which may be before
     // lxcfs serves.
     let timeout = if target.all { STARTUP_WAIT } else { Duration::ZERO };

@@ -14,10 +14,11 @@ use crate::{
     node::{self, ViewStatus},
     runtime::{PidSource, cri::CriClient},
     sources,
+    sys::syscalls::Purpose,
 };
 
 pub(super) async fn run(common: Common, output: Output) -> Result<ExitCode> {
-    let workers = workers(None)?;
+    let workers = workers(None, Purpose::Remove)?;
     let serving = match lxcfs::find(&workers, &common.lxcfs_path).await {
         Ok(lxcfs) => Some(lxcfs.dev),
         Err(e) => {

@@ -6,11 +6,14 @@
 //! between, it plans again.
 //!
 //! Nothing in the container is trusted. Paths are opened without following links and without
-//! crossing a mount. `/proc` and `/sys` are checked on the open descriptor. A mount is detached by
-//! a descriptor whose mount id equals the planned one.
+//! crossing a mount. `/proc` and `/sys` are checked on the open descriptor, which is held from the
+//! plan to the last step: the mount that the plan names is the one that is mounted on. Whether it
+//! would propagate to the host is checked again in the entry that mounts. A mount is detached by a
+//! descriptor whose mount id equals the planned one. A managed mount that the kernel does not
+//! detach, because it is locked in a nested user namespace, is covered.
 
 use std::{
-    cell::OnceCell,
+    collections::{BTreeMap, HashSet},
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
@@ -25,7 +28,7 @@ use rustix::{
 use super::{Error, Liveness, Outcome, StepError, Task, WorkerContext, observe};
 use crate::{
     model::view::{BaseFs, ViewFile},
-    plan::{ObservedMounts, Plan, SkipReason, Step},
+    plan::{CoverFile, ObservedMounts, Plan, SkipReason, Step},
     sys::{
         self, Ownership,
         mountinfo::{MountId, MountTable},
@@ -36,7 +39,17 @@ use crate::{
 /// The number of plans of a reconcile whose mounts change in between.
 const MAX_REPLANS: usize = 4;
 
-/// Performs a task in the mount namespace of `process`, on a worker thread.
+/// What to do if another process holds the lock of the namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IfLocked {
+    /// Change nothing: [`Error::Locked`].
+    Fail,
+    /// Go on without the lock.
+    Ignore,
+}
+
+/// Performs a task in the mount namespace of `process`, on a worker thread. Does not wait for the
+/// lock of the namespace, which matters only if there is something to change.
 ///
 /// # Errors
 /// See [`Error`].
@@ -44,38 +57,51 @@ pub fn reconcile_blocking(
     context: &WorkerContext,
     process: &Process,
     task: &Task,
+    if_locked: IfLocked,
 ) -> Result<Outcome, Error> {
     let mut outcome = Outcome::default();
     let mut lock = None;
+    let mut locked = HashSet::new();
     for attempts_left in (0..MAX_REPLANS).rev() {
-        let Plan { steps, skipped } = context.enter(process, |entered| {
+        let (Plan { steps, skipped }, bases) = context.enter(process, |entered| {
             // Another kube-lxcfs may be at work here: the lock keeps it from changes between our
             // observation and our steps.
             if lock.is_none() {
-                lock = context.lock();
+                lock = context.try_lock();
             }
-            Ok(task.plan(&entered.observe()?))
+            let mut observed = entered.observe()?;
+            observed.mark_locked(&locked);
+            let plan = task.plan(&observed);
+            let bases = entered.hold_bases(&observed, &plan.steps);
+            Ok((plan, bases))
         })?;
         outcome.skipped = skipped;
         if steps.is_empty() {
             return Ok(outcome);
         }
-        let steps = with_clones(task, steps)?;
+        if lock.is_none() && if_locked == IfLocked::Fail {
+            return Err(Error::Locked(process.pid()));
+        }
+        let steps = with_clones(context, task, steps)?;
         let mut failed = Vec::new();
         let mut changed = false;
         context.enter(process, |entered| {
+            let in_host = entered.steps_into_host(&bases, &steps)?;
             for (step, clone) in steps {
-                match entered.apply_step(step, clone) {
+                let applied = if in_host.contains(&step.file()) {
+                    Err(("mount", StepFailure::Changed))
+                } else {
+                    entered.apply_step(&bases, step, clone)
+                };
+                match applied {
                     Ok(()) => outcome.done.push(step),
                     Err((_, StepFailure::Skipped(why))) => outcome.skipped.push((step.file(), why)),
                     Err((_, StepFailure::Changed)) if attempts_left > 0 => changed = true,
-                    Err((verb, StepFailure::Changed)) => {
-                        let cause = io::Error::other("the container's mounts keep changing");
-                        failed.push(StepError { step, verb, cause });
+                    Err((_, StepFailure::Locked(mount))) if attempts_left > 0 => {
+                        locked.insert(mount);
+                        changed = true;
                     }
-                    Err((verb, StepFailure::Failed(cause))) => {
-                        failed.push(StepError { step, verb, cause });
-                    }
+                    Err((verb, why)) => failed.push(StepError { step, verb, cause: why.into() }),
                 }
             }
             Ok(())
@@ -93,20 +119,32 @@ pub fn reconcile_blocking(
 /// A step with the detached mount that it needs, if any.
 type StepWithClone = (Step, Option<io::Result<OwnedFd>>);
 
-/// Clones lxcfs's files for the steps, in the thread's own mount namespace.
-fn with_clones(task: &Task, steps: Vec<Step>) -> Result<Vec<StepWithClone>, Error> {
-    let clone = |step: Step| {
-        let ownership = match step {
-            Step::Inject(_) | Step::Remount { .. } => Ownership::Managed,
-            Step::Adopt { .. } => Ownership::PodProvided,
-            Step::Remove { .. } => return None,
-        };
+/// Clones the files for the steps, in the thread's own mount namespace.
+fn with_clones(
+    context: &WorkerContext,
+    task: &Task,
+    steps: Vec<Step>,
+) -> Result<Vec<StepWithClone>, Error> {
+    let of_lxcfs = |step: Step, ownership| {
         Some(clone_detached(task.lxcfs_file(step.file())?.as_fd(), ownership))
+    };
+    let clone = |step: Step| match step {
+        Step::Inject(_) | Step::Remount { .. } => of_lxcfs(step, Ownership::Managed),
+        Step::Adopt { .. } => of_lxcfs(step, Ownership::PodProvided),
+        Step::Cover { with: CoverFile::Lxcfs, .. } => of_lxcfs(step, Ownership::Cover),
+        Step::Cover { with: CoverFile::Node, file, .. } => Some(
+            context.own_file(file).and_then(|own| clone_detached(own.as_fd(), Ownership::Cover)),
+        ),
+        Step::Remove { .. } => None,
     };
     let steps: Vec<StepWithClone> = steps.into_iter().map(|step| (step, clone(step))).collect();
     // A mount that is attached to no namespace cannot be cloned (open_tree(2): EINVAL).
-    let unmounted = |e: &io::Error| e.raw_os_error() == Some(libc::EINVAL);
-    if steps.iter().any(|(_, clone)| matches!(clone, Some(Err(e)) if unmounted(e))) {
+    let unmounted = |(step, clone): &StepWithClone| {
+        let is_einval = |e: &io::Error| e.raw_os_error() == Some(libc::EINVAL);
+        !matches!(step, Step::Cover { with: CoverFile::Node, .. })
+            && matches!(clone, Some(Err(e)) if is_einval(e))
+    };
+    if steps.iter().any(unmounted) {
         return Err(Error::LxcfsUnmounted);
     }
     Ok(steps)
@@ -114,12 +152,16 @@ fn with_clones(task: &Task, steps: Vec<Step>) -> Result<Vec<StepWithClone>, Erro
 
 /// Makes a detached mount of one view file, with the options of a view.
 fn clone_detached(file: BorrowedFd<'_>, ownership: Ownership) -> io::Result<OwnedFd> {
+    let clone = clone(file)?;
+    sys::set_view_attrs(&clone, ownership)?;
+    Ok(clone)
+}
+
+fn clone(file: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
-    let clone = rustix::mount::open_tree(file, "", flags)?;
-    sys::set_view_attrs(&clone, ownership)?;
-    Ok(clone)
+    rustix::mount::open_tree(file, "", flags)
 }
 
 /// The reason why one step was not applied.
@@ -127,7 +169,22 @@ enum StepFailure {
     Skipped(SkipReason),
     /// The mounts are no longer as planned for.
     Changed,
+    /// The kernel refuses to detach this mount.
+    Locked(MountId),
     Failed(io::Error),
+}
+
+impl From<StepFailure> for io::Error {
+    fn from(failure: StepFailure) -> io::Error {
+        match failure {
+            StepFailure::Skipped(why) => io::Error::other(why.to_string()),
+            StepFailure::Changed => io::Error::other("the container's mounts keep changing"),
+            StepFailure::Locked(_) => {
+                io::Error::other("the mount is locked in a nested user namespace")
+            }
+            StepFailure::Failed(cause) => cause,
+        }
+    }
 }
 
 impl From<Errno> for StepFailure {
@@ -136,30 +193,49 @@ impl From<Errno> for StepFailure {
     }
 }
 
+/// The container's `/proc` and `/sys` that the steps of a plan need, held open: an open mount keeps
+/// its id. One that is not the mount of the observation is absent.
+type Bases = BTreeMap<BaseFs, (MountId, io::Result<OwnedFd>)>;
+
+fn base(bases: &Bases, base: BaseFs) -> Result<&OwnedFd, StepFailure> {
+    match bases.get(&base) {
+        None => Err(StepFailure::Changed),
+        Some((_, Ok(dir))) => Ok(dir),
+        Some((_, Err(e))) => Err(StepFailure::Failed(io::Error::new(e.kind(), e.to_string()))),
+    }
+}
+
 /// The thread while it is in a container's mount namespace.
 pub(super) struct EnteredNs<'a> {
     context: &'a WorkerContext,
     process: &'a Process,
-    /// `/proc` and `/sys`, opened and checked on first use.
-    bases: [OnceCell<OwnedFd>; 2],
 }
 
 impl<'a> EnteredNs<'a> {
     pub(super) fn new(context: &'a WorkerContext, process: &'a Process) -> EnteredNs<'a> {
-        EnteredNs { context, process, bases: Default::default() }
+        EnteredNs { context, process }
     }
 
     pub(super) fn observe(&self) -> Result<ObservedMounts, Error> {
-        let fail = |cause| Error::Observe { pid: self.process.pid(), cause };
-        let text = self.context.read("thread-self/mountinfo").map_err(fail)?;
-        let table = MountTable::parse(&text).map_err(|e| fail(io::Error::other(e)))?;
+        let text = self.mountinfo()?;
+        let table = self.parse(&text)?;
         let root = self.process.root().as_os_str().as_encoded_bytes();
         Ok(observe::observe(&table, root, |group| self.context.is_host_peer_group(group)))
     }
 
+    fn mountinfo(&self) -> Result<Vec<u8>, Error> {
+        let text = self.context.read("thread-self/mountinfo");
+        text.map_err(|cause| Error::Observe { pid: self.process.pid(), cause })
+    }
+
+    fn parse<'t>(&self, text: &'t [u8]) -> Result<MountTable<'t>, Error> {
+        let fail = |e| Error::Observe { pid: self.process.pid(), cause: io::Error::other(e) };
+        MountTable::parse(text).map_err(fail)
+    }
+
     /// Opens a view file for reading, which sends its lxcfs a request.
     pub(super) fn probe(&self, file: ViewFile) -> Liveness {
-        let Ok(base) = self.base(file.base()) else { return Liveness::Unknown };
+        let Ok(base) = self.open_base(file.base()) else { return Liveness::Unknown };
         let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         match rustix::fs::openat2(base, file.path_in_base(), flags, Mode::empty(), resolve) {
@@ -171,26 +247,81 @@ impl<'a> EnteredNs<'a> {
         }
     }
 
+    /// Opens the bases of the steps, each if it is the mount of the observation.
+    fn hold_bases(&self, observed: &ObservedMounts, steps: &[Step]) -> Bases {
+        let needed = |base: BaseFs| steps.iter().any(|step| step.file().base() == base);
+        let open = |(base, id): (&BaseFs, &MountId)| {
+            let dir = self.open_base(*base);
+            let is_observed = dir.as_ref().map_or(true, |dir| mount_id(dir) == Ok(*id));
+            is_observed.then_some((*base, (*id, dir)))
+        };
+        observed.bases.iter().filter(|(base, _)| needed(**base)).filter_map(open).collect()
+    }
+
+    /// The files whose steps would mount on a mount that the host's mount namespace shares, or that
+    /// has vanished.
+    fn steps_into_host(
+        &self,
+        bases: &Bases,
+        steps: &[StepWithClone],
+    ) -> Result<HashSet<ViewFile>, Error> {
+        if steps.iter().all(|(_, clone)| clone.is_none()) {
+            return Ok(HashSet::new());
+        }
+        let text = self.mountinfo()?;
+        let table = self.parse(&text)?;
+        let find = |id: MountId| table.0.iter().find(|m| m.id == id);
+        let stays_inside = |step: Step| {
+            let target = match step {
+                Step::Remove { .. } => return Some(true),
+                Step::Inject(file) => bases.get(&file.base())?.0,
+                Step::Cover { mount, locked: true, .. } => mount,
+                Step::Cover { mount, .. }
+                | Step::Remount { mount, .. }
+                | Step::Adopt { mount, .. } => find(mount)?.parent,
+            };
+            let shared = find(target)?.shared;
+            Some(!shared.is_some_and(|group| self.context.is_host_peer_group(group)))
+        };
+        let steps = steps.iter().map(|(step, _)| *step);
+        Ok(steps.filter(|s| stays_inside(*s) != Some(true)).map(Step::file).collect())
+    }
+
     /// Applies one step. An error comes with the verb of what failed.
     fn apply_step(
         &self,
+        bases: &Bases,
         step: Step,
         clone: Option<io::Result<OwnedFd>>,
     ) -> Result<(), (&'static str, StepFailure)> {
         let clone = clone.transpose().map_err(|e| ("clone", StepFailure::Failed(e)))?;
+        let base = base(bases, step.file().base()).map_err(|e| ("open the base of", e))?;
         match (step, clone) {
             (Step::Inject(file), Some(clone)) => {
-                self.inject(file, &clone).map_err(|e| ("inject", e))
+                inject(base, file, &clone).map_err(|e| ("inject", e))
             }
             (Step::Remove { file, mount }, _) => {
-                self.remove(file, mount).map_err(|e| ("remove", e))
+                remove(base, file, mount).map_err(|e| ("remove", e))
             }
-            (Step::Remount { file, mount } | Step::Adopt { file, mount }, Some(clone)) => {
+            // Before kernel 6.5 a cover stays below its successor.
+            (Step::Cover { file, mount, locked, .. }, Some(clone))
+                if locked || !self.context.beneath =>
+            {
+                let covered = open_mount(base, file, mount)
+                    .and_then(|top| Ok(move_mount(&clone, &top, MoveMountFlags::empty())?));
+                covered.map_err(|e| ("cover", e))
+            }
+            (
+                Step::Remount { file, mount }
+                | Step::Adopt { file, mount }
+                | Step::Cover { file, mount, .. },
+                Some(clone),
+            ) => {
                 let remounted = if self.context.beneath {
-                    self.remount(file, mount, &clone)
+                    remount(base, file, mount, &clone)
                 } else {
                     // Before kernel 6.5 the container's own file shows for a moment.
-                    self.remove(file, mount).and_then(|()| self.inject(file, &clone))
+                    remove(base, file, mount).and_then(|()| inject(base, file, &clone))
                 };
                 remounted.map_err(|e| ("remount", e))
             }
@@ -201,45 +332,8 @@ impl<'a> EnteredNs<'a> {
         }
     }
 
-    fn inject(&self, file: ViewFile, clone: &OwnedFd) -> Result<(), StepFailure> {
-        let base = self.base(file.base())?;
-        let target =
-            open(base, file.path_in_base(), ResolveFlags::NO_XDEV).map_err(|e| match e {
-                Errno::NOENT | Errno::NOTDIR => StepFailure::Skipped(SkipReason::NotInContainer),
-                // Another mount is on the path, or on a directory above it, which the table did not
-                // show at the path itself.
-                Errno::XDEV => StepFailure::Skipped(SkipReason::PathOccupied),
-                e => e.into(),
-            })?;
-        Ok(move_mount(clone, &target, MoveMountFlags::empty())?)
-    }
-
-    fn remount(&self, file: ViewFile, mount: MountId, clone: &OwnedFd) -> Result<(), StepFailure> {
-        let old = self.open_mount(file, mount)?;
-        move_mount(clone, &old, MoveMountFlags::MOVE_MOUNT_BENEATH).map_err(changed_on_einval)?;
-        detach(&old)
-    }
-
-    fn remove(&self, file: ViewFile, mount: MountId) -> Result<(), StepFailure> {
-        detach(&self.open_mount(file, mount)?)
-    }
-
-    /// Opens the mount on a view file's path, if it is the one with this id. Sends its file system
-    /// no request.
-    fn open_mount(&self, file: ViewFile, mount: MountId) -> Result<OwnedFd, StepFailure> {
-        let base = self.base(file.base())?;
-        let top = open(base, file.path_in_base(), ResolveFlags::empty())?;
-        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-        let found = rustix::fs::statx(&top, "", flags, StatxFlags::MNT_ID)?;
-        if MountId(found.stx_mnt_id) == mount { Ok(top) } else { Err(StepFailure::Changed) }
-    }
-
     /// The container's `/proc` or `/sys`, checked to be procfs or sysfs.
-    fn base(&self, base: BaseFs) -> Result<&OwnedFd, StepFailure> {
-        let cell = &self.bases[base as usize];
-        if let Some(dir) = cell.get() {
-            return Ok(dir);
-        }
+    fn open_base(&self, base: BaseFs) -> io::Result<OwnedFd> {
         let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::openat2(
@@ -250,27 +344,79 @@ impl<'a> EnteredNs<'a> {
             resolve,
         )?;
         let dir = open(&root, base.path(), ResolveFlags::empty())?;
-        let expected = match base {
-            BaseFs::Procfs => nix::sys::statfs::PROC_SUPER_MAGIC,
-            BaseFs::Sysfs => nix::sys::statfs::SYSFS_MAGIC,
-        };
-        if rustix::fs::fstatfs(&dir)?.f_type != expected.0 {
-            let why = format!("/{} is not {}", base.path(), base.fstype());
-            return Err(StepFailure::Failed(io::Error::other(why)));
-        }
-        Ok(cell.get_or_init(|| dir))
+        check_fstype(&dir, base)?;
+        Ok(dir)
     }
+}
+
+/// Checks that an open file is on procfs (sysfs).
+pub(super) fn check_fstype(file: &OwnedFd, base: BaseFs) -> io::Result<()> {
+    let expected = match base {
+        BaseFs::Procfs => nix::sys::statfs::PROC_SUPER_MAGIC,
+        BaseFs::Sysfs => nix::sys::statfs::SYSFS_MAGIC,
+    };
+    if rustix::fs::fstatfs(file)?.f_type == expected.0 {
+        return Ok(());
+    }
+    Err(io::Error::other(format!("/{} is not {}", base.path(), base.fstype())))
+}
+
+fn inject(base: &OwnedFd, file: ViewFile, clone: &OwnedFd) -> Result<(), StepFailure> {
+    let target = open(base, file.path_in_base(), ResolveFlags::NO_XDEV).map_err(|e| match e {
+        Errno::NOENT | Errno::NOTDIR => StepFailure::Skipped(SkipReason::NotInContainer),
+        // Another mount is on the path, or on a directory above it, which the table did not show
+        // at the path itself.
+        Errno::XDEV => StepFailure::Skipped(SkipReason::PathOccupied),
+        e => e.into(),
+    })?;
+    Ok(move_mount(clone, &target, MoveMountFlags::empty())?)
+}
+
+fn remount(
+    base: &OwnedFd,
+    file: ViewFile,
+    mount: MountId,
+    clone: &OwnedFd,
+) -> Result<(), StepFailure> {
+    let old = open_mount(base, file, mount)?;
+    move_mount(clone, &old, MoveMountFlags::MOVE_MOUNT_BENEATH)
+        .and_then(|()| detach(&old))
+        .map_err(|e| refused(e, base, file, mount))
+}
+
+fn remove(base: &OwnedFd, file: ViewFile, mount: MountId) -> Result<(), StepFailure> {
+    detach(&open_mount(base, file, mount)?).map_err(|e| refused(e, base, file, mount))
+}
+
+/// Opens the mount on a view file's path, if it is the one with this id. Sends its file system no
+/// request.
+fn open_mount(base: &OwnedFd, file: ViewFile, mount: MountId) -> Result<OwnedFd, StepFailure> {
+    let top = open(base, file.path_in_base(), ResolveFlags::empty())?;
+    if mount_id(&top)? == mount { Ok(top) } else { Err(StepFailure::Changed) }
+}
+
+fn mount_id(file: &OwnedFd) -> Result<MountId, Errno> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    rustix::fs::statx(file, "", flags, StatxFlags::MNT_ID).map(|found| MountId(found.stx_mnt_id))
 }
 
 /// Detaches the mount whose root is open as `view`. By descriptor, because a path could have come
 /// to mean another mount.
-fn detach(view: &OwnedFd) -> Result<(), StepFailure> {
-    rustix::mount::unmount(DecInt::from_fd(view), UnmountFlags::DETACH).map_err(changed_on_einval)
+fn detach(view: &OwnedFd) -> Result<(), Errno> {
+    rustix::mount::unmount(DecInt::from_fd(view), UnmountFlags::DETACH)
 }
 
-/// EINVAL: the mount was detached in between and is no longer part of this namespace.
-fn changed_on_einval(e: Errno) -> StepFailure {
-    if e == Errno::INVAL { StepFailure::Changed } else { e.into() }
+/// The reason why a mount was not detached. EINVAL: it was detached in between and is no longer
+/// part of this namespace, or it is locked. A mount with locked mounts on it is not cloned without
+/// them (open_tree(2): EINVAL).
+fn refused(e: Errno, base: &OwnedFd, file: ViewFile, mount: MountId) -> StepFailure {
+    if e != Errno::INVAL {
+        return e.into();
+    }
+    match (open_mount(base, file, mount), clone(base.as_fd())) {
+        (Ok(_), Err(Errno::INVAL)) => StepFailure::Locked(mount),
+        _ => StepFailure::Changed,
+    }
 }
 
 fn open(dir: impl AsFd, path: &str, more: ResolveFlags) -> Result<OwnedFd, Errno> {

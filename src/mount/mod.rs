@@ -15,10 +15,11 @@ use std::{
     io,
     os::fd::OwnedFd,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 pub use self::{
-    driver::reconcile_blocking,
+    driver::{IfLocked, reconcile_blocking},
     namespace::WorkerContext,
     workers::{Error as WorkError, JobTimeout, Workers},
 };
@@ -27,6 +28,13 @@ use crate::{
     plan::{self, DesiredView, ObservedMounts, Plan, ServingLxcfs, SkipReason, Step},
     sys::{mountinfo::Dev, process::Process},
 };
+
+/// The time to wait for the lock of a namespace that another kube-lxcfs works on: longer than any
+/// reconcile. A container may hold it too, so the work then goes on without it.
+const LOCK_TIMEOUT: Duration = Duration::from_millis(500);
+/// The first interval between two attempts, and the limit up to which it doubles.
+const LOCK_INTERVAL: Duration = Duration::from_millis(1);
+const MAX_LOCK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// The view files of the serving lxcfs, each opened with `O_PATH`: every clone is made from these,
 /// so that an injection sends lxcfs no request.
@@ -59,6 +67,8 @@ pub enum Error {
     Enter { pid: i32, cause: io::Error },
     #[error("failed to read the mount table of process {pid}: {cause}")]
     Observe { pid: i32, cause: io::Error },
+    #[error("another process holds the lock of the mount namespace of process {0}")]
+    Locked(i32),
     /// The lxcfs whose view files were to be mounted is no longer mounted itself.
     #[error("lxcfs was unmounted during the operation")]
     LxcfsUnmounted,
@@ -135,7 +145,8 @@ impl Task {
     }
 }
 
-/// Performs a task in the mount namespace of `process`.
+/// Performs a task in the mount namespace of `process`. While another process holds the lock of the
+/// namespace, no thread waits for it.
 ///
 /// # Errors
 /// See [`Error`]. Repeating is safe: current view files stay.
@@ -144,7 +155,20 @@ pub async fn reconcile(
     process: Arc<Process>,
     task: Task,
 ) -> Result<Result<Outcome, Error>, JobTimeout<Result<Outcome, Error>>> {
-    workers.run(move |context| reconcile_blocking(context, &process, &task)).await
+    let started = Instant::now();
+    let mut interval = LOCK_INTERVAL;
+    loop {
+        let (process, task) = (process.clone(), task.clone());
+        let if_locked =
+            if started.elapsed() < LOCK_TIMEOUT { IfLocked::Fail } else { IfLocked::Ignore };
+        let job =
+            move |context: &WorkerContext| reconcile_blocking(context, &process, &task, if_locked);
+        match workers.run(job).await? {
+            Err(Error::Locked(_)) => tokio::time::sleep(interval).await,
+            reconciled => return Ok(reconciled),
+        }
+        interval = (interval * 2).min(MAX_LOCK_INTERVAL);
+    }
 }
 
 /// Observes a container, and changes nothing.

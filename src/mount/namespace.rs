@@ -3,21 +3,21 @@
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
-    time::Duration,
 };
 
 use rustix::{
-    fs::{AtFlags, FlockOperation, Mode, OFlags},
+    fs::{AtFlags, FlockOperation, Mode, OFlags, ResolveFlags},
     thread::{LinkNameSpaceType, ThreadNameSpaceType},
 };
 
-use super::{Error, driver::EnteredNs};
-use crate::sys::{mountinfo::MountTable, process::Process, syscalls};
-
-/// The attempts to lock a namespace that another kube-lxcfs works on, and the interval between
-/// them. Together they take longer than any reconcile.
-const LOCK_ATTEMPTS: u32 = 500;
-const LOCK_INTERVAL: Duration = Duration::from_millis(1);
+use super::{
+    Error,
+    driver::{EnteredNs, check_fstype},
+};
+use crate::{
+    model::view::{BaseFs, ViewFile},
+    sys::{mountinfo::MountTable, process::Process, syscalls},
+};
 
 /// The device and inode number of a mount namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,20 +138,35 @@ impl WorkerContext {
         Ok(text)
     }
 
-    /// Locks the namespace that the thread is in: flock(2) on the namespace's own file, released
-    /// with the descriptor. Every kube-lxcfs takes it before it changes the namespace. A
-    /// container could hold it too, so the wait is limited.
-    pub(super) fn lock(&self) -> Option<OwnedFd> {
+    /// Locks the namespace that the thread is in, unless another process holds the lock: flock(2)
+    /// on the namespace's own file, released with the descriptor. Every kube-lxcfs takes it before
+    /// it changes the namespace. A container could hold it too, so nothing waits for it here.
+    pub(super) fn try_lock(&self) -> Option<OwnedFd> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let file =
             rustix::fs::openat(&self.proc, "thread-self/ns/mnt", flags, Mode::empty()).ok()?;
-        for _ in 0..LOCK_ATTEMPTS {
-            match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-                Err(rustix::io::Errno::WOULDBLOCK) => std::thread::sleep(LOCK_INTERVAL),
-                _ => return Some(file),
-            }
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).ok().map(|()| file)
+    }
+
+    /// The node's own file for a view file, from the trusted `/proc`.
+    ///
+    /// # Errors
+    /// Fails for a file of sysfs: a user namespace that has it as a mount of its own could make
+    /// that writable. Fails if another mount is on the file.
+    pub(super) fn own_file(&self, file: ViewFile) -> io::Result<OwnedFd> {
+        if file.base() == BaseFs::Sysfs {
+            return Err(io::Error::other("the node's sysfs is not mounted in a user namespace"));
         }
-        Some(file)
+        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let own = rustix::fs::openat2(
+            &self.proc,
+            file.path_in_base(),
+            OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+            resolve | ResolveFlags::NO_XDEV,
+        )?;
+        check_fstype(&own, file.base())?;
+        Ok(own)
     }
 }
 

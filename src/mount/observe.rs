@@ -10,11 +10,6 @@ use crate::{
 /// The file system type of an lxcfs mount (libfuse: `fuse.` and the subtype).
 pub const LXCFS_FSTYPE: &[u8] = b"fuse.lxcfs";
 
-/// The per-mount options that only managed mounts have together: the four of every view, and
-/// `noatime`, which nothing else sets on an lxcfs file. Pod-provided mounts inherit lxcfs's
-/// `nosuid,nodev,relatime`.
-const MANAGED_OPTIONS: [&[u8]; 5] = [b"ro", b"nosuid", b"nodev", b"noexec", b"noatime"];
-
 /// Finds the mounts on the view files' paths below `root`, which is `/` unless the container has
 /// not yet changed its root.
 ///
@@ -43,6 +38,7 @@ pub fn observe(
             observed.unusable.insert(base, UnusableBase::Fstype(found));
             continue;
         }
+        observed.bases.insert(base, top.id);
         if top.shared.is_some_and(&is_host_peer_group) {
             observed.unusable.insert(base, UnusableBase::SharedWithHost);
         }
@@ -59,24 +55,49 @@ pub fn observe(
 }
 
 fn layer(mount: &Mount<'_>, file: ViewFile) -> Layer {
-    let kind = if *mount.fstype == *LXCFS_FSTYPE && is_root_of(&mount.root, file) {
-        let has = |option: &[u8]| mount.options.split(|b| *b == b',').any(|o| o == option);
-        if MANAGED_OPTIONS.into_iter().all(has) {
-            LayerKind::Managed(mount.dev)
-        } else {
-            LayerKind::PodProvided(mount.dev)
+    let kind = match (&*mount.fstype, Mark::of(mount.options)) {
+        (LXCFS_FSTYPE, mark) if is_root_of(&mount.root, file.path()) => match mark {
+            None => LayerKind::PodProvided(mount.dev),
+            Some(Mark::Managed) => LayerKind::Managed(mount.dev),
+            Some(Mark::Cover) => LayerKind::Cover(Some(mount.dev)),
+        },
+        (fstype, Some(Mark::Cover))
+            if *fstype == *file.base().fstype().as_bytes()
+                && is_root_of(&mount.root, file.path_in_base()) =>
+        {
+            LayerKind::Cover(None)
         }
-    } else {
-        LayerKind::Unrelated
+        _ => LayerKind::Unrelated,
     };
-    Layer { id: mount.id, kind }
+    Layer { id: mount.id, kind, locked: false }
+}
+
+/// What the per-mount options show about a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mark {
+    Managed,
+    Cover,
+}
+
+impl Mark {
+    /// Every mount of kube-lxcfs has `noexec`, and all but adopted ones `noatime`. A container with
+    /// `CAP_SYS_ADMIN` can remount them with other options: `noexec` without `relatime` is enough.
+    /// Pod-provided mounts inherit lxcfs's `nosuid,nodev,relatime`. Only covers have `nodiratime`.
+    fn of(options: &[u8]) -> Option<Mark> {
+        let has = |option: &[u8]| options.split(|b| *b == b',').any(|o| o == option);
+        match has(b"noexec") && !has(b"relatime") {
+            false => None,
+            true if has(b"nodiratime") => Some(Mark::Cover),
+            true => Some(Mark::Managed),
+        }
+    }
 }
 
 /// Whether a mount's root is the view file. The kernel appends `//deleted` when FUSE has forgotten
 /// the name.
-fn is_root_of(root: &[u8], file: ViewFile) -> bool {
+fn is_root_of(root: &[u8], path: &str) -> bool {
     let root = root.strip_suffix(b"//deleted").unwrap_or(root);
-    root.strip_prefix(b"/") == Some(file.path().as_bytes())
+    root.strip_prefix(b"/") == Some(path.as_bytes())
 }
 
 #[cfg(test)]
@@ -105,7 +126,7 @@ mod tests {
     }
 
     fn layer(id: u64, kind: LayerKind) -> Layer {
-        Layer { id: MountId(id), kind }
+        Layer { id: MountId(id), kind, locked: false }
     }
 
     #[test]
@@ -117,6 +138,33 @@ mod tests {
         assert_eq!(observed.layers[&ViewFile::Cpu], [layer(706, LayerKind::Managed(LXCFS))]);
         assert_eq!(observed.layers.len(), 4);
         assert!(observed.unusable.is_empty());
+        assert_eq!(observed.bases[&BaseFs::Procfs], MountId(701));
+        assert_eq!(observed.bases[&BaseFs::Sysfs], MountId(702));
+    }
+
+    #[test]
+    fn options_tell_managed_from_pod_provided() {
+        use LayerKind::{Cover, Managed, PodProvided, Unrelated};
+        let line = "703 701 0:40 /proc/meminfo /proc/meminfo OPTIONS - fuse.lxcfs lxcfs rw\n";
+        let node = "703 701 0:51 /meminfo /proc/meminfo OPTIONS - proc proc rw\n";
+        let base = "700 600 0:50 / / rw - overlay o rw\n701 700 0:51 / /proc rw - proc proc rw\n";
+        for (line, options, kind) in [
+            (line, "ro,nosuid,nodev,noexec,noatime", Managed(LXCFS)),
+            // Remounted by the container: read-write, then with another access time mode.
+            (line, "rw,nosuid,nodev,noexec,noatime", Managed(LXCFS)),
+            (line, "rw,noexec", Managed(LXCFS)),
+            (line, "ro,nosuid,nodev,noexec,noatime,nodiratime", Cover(Some(LXCFS))),
+            // Adopted, from a webhook's volume, and the same where lxcfs is mounted noatime.
+            (line, "ro,nosuid,nodev,noexec,relatime", PodProvided(LXCFS)),
+            (line, "rw,nosuid,nodev,relatime", PodProvided(LXCFS)),
+            (line, "ro,nosuid,nodev,noatime", PodProvided(LXCFS)),
+            (node, "ro,nosuid,nodev,noexec,noatime,nodiratime", Cover(None)),
+            (node, "ro,nosuid,nodev,noexec,noatime", Unrelated),
+        ] {
+            let text = base.to_owned() + &line.replace("OPTIONS", options);
+            let layers = &observed(&text).layers[&ViewFile::Meminfo];
+            assert_eq!(layers, &[layer(703, kind)], "{options}");
+        }
     }
 
     #[test]

@@ -44,6 +44,7 @@ const MOUNT_ATTR_NOSUID: u64 = 0x02;
 const MOUNT_ATTR_NODEV: u64 = 0x04;
 const MOUNT_ATTR_NOEXEC: u64 = 0x08;
 const MOUNT_ATTR_NOATIME: u64 = 0x10;
+const MOUNT_ATTR_NODIRATIME: u64 = 0x80;
 /// The bits of the access time mode; all are cleared before one is set.
 const MOUNT_ATTR_ATIME: u64 = 0x70;
 
@@ -52,6 +53,8 @@ const MOUNT_ATTR_ATIME: u64 = 0x70;
 pub enum Ownership {
     /// By kube-lxcfs: marked with `noatime`.
     Managed,
+    /// By kube-lxcfs, over a locked mount: marked with `noatime` and `nodiratime`.
+    Cover,
     /// By the pod: `relatime`, as mounts made by an admission webhook have it.
     PodProvided,
 }
@@ -64,6 +67,7 @@ pub enum Ownership {
 pub fn set_view_attrs(mount: impl AsFd, ownership: Ownership) -> io::Result<()> {
     let mark = match ownership {
         Ownership::Managed => MOUNT_ATTR_NOATIME,
+        Ownership::Cover => MOUNT_ATTR_NOATIME | MOUNT_ATTR_NODIRATIME,
         Ownership::PodProvided => 0,
     };
     let attr = MountAttr {

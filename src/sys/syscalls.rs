@@ -48,11 +48,20 @@ impl fmt::Display for Syscall {
 )]
 pub struct MissingSyscalls(pub Vec<Syscall>);
 
-/// Makes each required call once with invalid arguments.
+/// What system calls are required for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To observe containers and to remove views.
+    Remove,
+    /// To mount view files, too.
+    Mount,
+}
+
+/// Makes each call that the purpose requires once with invalid arguments.
 ///
 /// # Errors
 /// The calls that are missing or forbidden.
-pub fn verify_syscalls() -> Result<(), MissingSyscalls> {
+pub fn verify_syscalls(purpose: Purpose) -> Result<(), MissingSyscalls> {
     let missing = |e: Errno| e == Errno::NOSYS || e == Errno::PERM;
     let mut lacking = Vec::new();
     let mut probe = |name, since, result: Result<(), Errno>| {
@@ -65,22 +74,29 @@ pub fn verify_syscalls() -> Result<(), MissingSyscalls> {
         rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).map(drop)
     });
     probe("pidfd_open", "5.3", pidfd_open);
-    let open_tree =
-        rustix::mount::open_tree(invalid_fd(), "x", OpenTreeFlags::OPEN_TREE_CLOEXEC).map(drop);
-    probe("open_tree", "5.2", open_tree);
-    let move_mount =
-        rustix::mount::move_mount(invalid_fd(), "x", invalid_fd(), "x", MoveMountFlags::empty());
-    probe("move_mount", "5.2", move_mount);
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let openat2 =
         rustix::fs::openat2(invalid_fd(), "x", flags, Mode::empty(), ResolveFlags::NO_SYMLINKS)
             .map(drop);
     probe("openat2", "5.6", openat2);
-    let mount_setattr =
-        super::probe_mount_setattr().map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO));
-    probe("mount_setattr", "5.12", mount_setattr);
     let setns =
         rustix::thread::move_into_thread_name_spaces(invalid_fd(), ThreadNameSpaceType::MOUNT);
     probe("setns", "5.8", setns);
+    if purpose == Purpose::Mount {
+        let open_tree =
+            rustix::mount::open_tree(invalid_fd(), "x", OpenTreeFlags::OPEN_TREE_CLOEXEC).map(drop);
+        probe("open_tree", "5.2", open_tree);
+        let move_mount = rustix::mount::move_mount(
+            invalid_fd(),
+            "x",
+            invalid_fd(),
+            "x",
+            MoveMountFlags::empty(),
+        );
+        probe("move_mount", "5.2", move_mount);
+        let mount_setattr =
+            super::probe_mount_setattr().map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO));
+        probe("mount_setattr", "5.12", mount_setattr);
+    }
     if lacking.is_empty() { Ok(()) } else { Err(MissingSyscalls(lacking)) }
 }

@@ -191,6 +191,22 @@ fn missing_system_calls_are_named() {
 }
 
 #[test]
+fn missing_mount_calls_refuse_only_mounts() {
+    isolated(|| {
+        let (lxcfs, target) = (Lxcfs::start(), Bare::start());
+        succeeds(&["mount", "--pid", &target.pid.to_string(), "--lxcfs-path", lxcfs.path()]);
+        let mount = [libc::SYS_mount_setattr, libc::SYS_open_tree, libc::SYS_move_mount];
+        let status = run_without(&mount, libc::ENOSYS, &["status", "--pid-from", "proc"]);
+        assert_eq!(stdout(&status).lines().count(), 2, "{}", stderr(&status));
+        let umount = run_without(&mount, libc::ENOSYS, &["umount", "--all"]);
+        assert!(stdout(&umount).contains("removed"), "{}", stderr(&umount));
+        assert!(views(&target.mountinfo()).is_empty());
+        let remount = run_without(&mount, libc::ENOSYS, &["remount", "--all"]);
+        assert!(error_line(&remount).contains("move_mount (kernel 5.2)"), "{}", stderr(&remount));
+    });
+}
+
+#[test]
 fn agent_without_node_or_api_server_is_an_error() {
     isolated(|| {
         let error = fails(&["agent"]);
