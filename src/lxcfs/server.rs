@@ -1,69 +1,163 @@
-//! The process that serves an lxcfs mount, found in `/proc`.
+//! The process that serves an lxcfs mount, found in `/proc`. Only a process that has the FUSE
+//! device open is considered, because any process can choose its name and its arguments.
 
-use std::{os::unix::fs::MetadataExt, path::Path};
-
-use procfs::process::{FDInfo, FDTarget};
+use std::{
+    io::{BufRead, BufReader, Read},
+    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    path::Path,
+};
 
 use super::Identity;
-use crate::sys::{mountinfo::Dev, process::Process};
+use crate::{
+    mount::observe::LXCFS_FSTYPE,
+    sys::{
+        fuse::{self, Holder},
+        mountinfo::Dev,
+        process::Process,
+    },
+};
 
-/// A process that has /dev/fuse open.
-struct FuseProcess {
-    pid: i32,
-    /// The minor number of its connection's mounts (`fuse_connection` in fdinfo, newer kernels).
-    connection: Option<u32>,
+/// The limit of what is read of a mount table to find lxcfs in it, in bytes.
+const MAX_TABLE_BYTES: u64 = 8 << 20;
+
+/// The process that serves a mount.
+#[derive(Debug)]
+pub(super) struct ServingProcess {
+    pub(super) process: Process,
+    /// A `kube-lxcfs` is its parent.
+    pub(super) supervised: bool,
+    /// The kernel named its connection. If not, another process may be the one.
+    pub(super) certain: bool,
 }
 
-impl FuseProcess {
-    /// Whether it is an lxcfs whose arguments name this path.
-    fn is_lxcfs_at(&self, path: &Path) -> bool {
-        let process = procfs::process::Process::new(self.pid);
-        process.and_then(|p| p.cmdline()).is_ok_and(|args| {
-            let (at, others): (Vec<_>, Vec<_>) =
-                args.iter().map(Path::new).partition(|arg| *arg == path);
-            // Its program, or the program that a loader or wrapper runs.
-            let lxcfs = |arg: &&Path| {
-                arg.file_name().is_some_and(|name| name.to_string_lossy().starts_with("lxcfs"))
-            };
-            !at.is_empty() && others.iter().any(lxcfs)
-        })
+/// Finds the process that serves a mount: the one with its connection. On kernels that name no
+/// connection, it is an lxcfs whose arguments name the path and whose namespace has the mount; of
+/// several, the one that was started last, which serves after a hand-over. Blocks.
+pub(super) fn serving_process(identity: Identity, path: &Path) -> Option<ServingProcess> {
+    let dev = identity.dev;
+    let may_serve = |pid| has_mount(pid, dev) && is_lxcfs_at(pid, path);
+    let holder = choose(fuse::holders(), dev, may_serve, start_time)?;
+    let process = Process::open(i64::from(holder.pid)).ok()?;
+    let (supervised, certain) = (is_supervised(holder.pid), holder.dev.is_some());
+    Some(ServingProcess { process, supervised, certain })
+}
+
+/// Chooses the holder of the connection, else of those without a name that `may_serve` the one that
+/// was started last.
+fn choose<T: Ord>(
+    holders: Vec<Holder>,
+    dev: Dev,
+    may_serve: impl Fn(i32) -> bool,
+    started: impl Fn(i32) -> T,
+) -> Option<Holder> {
+    if let Some(holder) = holders.iter().find(|holder| holder.dev == Some(dev)) {
+        return Some(holder.clone());
     }
-
-    fn in_our_mount_namespace(&self) -> bool {
-        let id = |path: String| std::fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
-        let ours = id("/proc/self/ns/mnt".into());
-        ours.is_some() && id(format!("/proc/{}/ns/mnt", self.pid)) == ours
-    }
-}
-
-fn fuse_processes() -> impl Iterator<Item = FuseProcess> {
-    procfs::process::all_processes().into_iter().flatten().flatten().filter_map(|process| {
-        let fuse =
-            |fd: &FDInfo| matches!(&fd.target, FDTarget::Path(path) if path.ends_with("dev/fuse"));
-        let pid = process.pid;
-        let fd = process.fd().ok()?.flatten().find(fuse)?.fd;
-        let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
-        let minor = |line: &str| line.strip_prefix("fuse_connection:")?.trim().parse().ok();
-        Some(FuseProcess { pid, connection: info.lines().find_map(minor) })
-    })
-}
-
-/// The process that serves a mount: the one with its connection. On kernels whose fdinfo names no
-/// connection, it is the lxcfs whose arguments name the path.
-pub(super) fn serving_process(identity: Identity, path: &Path) -> Option<Process> {
-    let serves = |fuse: &FuseProcess| match fuse.connection {
-        Some(minor) => identity.dev.major == 0 && minor == identity.dev.minor,
-        None => fuse.is_lxcfs_at(path),
-    };
-    Process::open(i64::from(fuse_processes().find(serves)?.pid)).ok()
+    let unnamed = holders.into_iter().filter(|holder| holder.dev.is_none());
+    unnamed.filter(|holder| may_serve(holder.pid)).max_by_key(|holder| started(holder.pid))
 }
 
 /// Every lxcfs of our mount namespace whose arguments name this path, even if its mount is
 /// detached, and its device where the kernel reports it. An lxcfs of another mount namespace serves
-/// another path of the same name.
+/// another path of the same name. Blocks.
 pub fn processes_serving(path: &Path) -> Vec<(Process, Option<Dev>)> {
-    let ours =
-        fuse_processes().filter(|fuse| fuse.in_our_mount_namespace() && fuse.is_lxcfs_at(path));
-    let dev = |fuse: &FuseProcess| fuse.connection.map(|minor| Dev { major: 0, minor });
-    ours.filter_map(|fuse| Some((Process::open(i64::from(fuse.pid)).ok()?, dev(&fuse)))).collect()
+    let own = mount_namespace("self");
+    let ours = |h: &Holder| own.is_some() && mount_namespace(&h.pid.to_string()) == own;
+    let holders = fuse::holders().into_iter().filter(|h| ours(h) && is_lxcfs_at(h.pid, path));
+    holders.filter_map(|h| Some((Process::open(i64::from(h.pid)).ok()?, h.dev))).collect()
+}
+
+/// Whether a process is an lxcfs whose arguments name this path.
+fn is_lxcfs_at(pid: i32, path: &Path) -> bool {
+    are_of_lxcfs_at(&fuse::arguments(pid), path)
+}
+
+fn are_of_lxcfs_at(arguments: &[Vec<u8>], path: &Path) -> bool {
+    let paths = arguments.iter().map(|arg| Path::new(std::ffi::OsStr::from_bytes(arg)));
+    let (at, others): (Vec<_>, Vec<_>) = paths.partition(|arg| *arg == path);
+    // Its program, or the program that a loader or wrapper runs.
+    let lxcfs =
+        |arg: &&Path| arg.file_name().is_some_and(|name| name.as_bytes().starts_with(b"lxcfs"));
+    !at.is_empty() && others.iter().any(lxcfs)
+}
+
+/// Whether the namespace of a process has the whole file system of this device mounted. A container
+/// has files of it only.
+fn has_mount(pid: i32, dev: Dev) -> bool {
+    let Ok(table) = std::fs::File::open(format!("/proc/{pid}/mountinfo")) else { return false };
+    let lines = BufReader::new(table.take(MAX_TABLE_BYTES)).split(b'\n');
+    lines.map_while(Result::ok).any(|line| is_mount_of(&line, dev))
+}
+
+fn is_mount_of(line: &[u8], dev: Dev) -> bool {
+    let mut fields = line.split(|b| *b == b' ').skip(2);
+    let at_root = fields.next() == Some(dev.to_string().as_bytes()) && fields.next() == Some(b"/");
+    let after_hyphen = fields.skip_while(|field| *field != b"-").nth(1);
+    at_root && after_hyphen == Some(LXCFS_FSTYPE)
+}
+
+/// When a process was started, in clock ticks since the start of the machine.
+fn start_time(pid: i32) -> Option<u64> {
+    procfs::process::Process::new(pid).and_then(|p| p.stat()).ok().map(|stat| stat.starttime)
+}
+
+/// Whether a process is the child of a `kube-lxcfs` that shares its mount namespace. The name alone
+/// proves nothing.
+fn is_supervised(pid: i32) -> bool {
+    let stat = |pid| procfs::process::Process::new(pid).and_then(|p| p.stat()).ok();
+    let parent = stat(pid).and_then(|child| stat(child.ppid));
+    let namespace = mount_namespace(&pid.to_string());
+    namespace.is_some()
+        && parent.is_some_and(|parent| {
+            parent.comm == "kube-lxcfs" && mount_namespace(&parent.pid.to_string()) == namespace
+        })
+}
+
+fn mount_namespace(pid: &str) -> Option<(u64, u64)> {
+    std::fs::metadata(format!("/proc/{pid}/ns/mnt")).map(|m| (m.dev(), m.ino())).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_whole_file_system_is_a_serving_mount() {
+        let dev = Dev { major: 0, minor: 40 };
+        for (line, expected) in [
+            ("9 1 0:40 / /lxcfs rw shared:3 - fuse.lxcfs lxcfs rw", true),
+            ("9 1 0:41 / /lxcfs rw - fuse.lxcfs lxcfs rw", false),
+            ("9 1 0:40 /proc/meminfo /proc/meminfo ro - fuse.lxcfs lxcfs rw", false),
+            ("9 1 0:40 / /lxcfs rw - fuse.sshfs lxcfs rw", false),
+            ("9 1", false),
+        ] {
+            assert_eq!(is_mount_of(line.as_bytes(), dev), expected, "{line}");
+        }
+    }
+
+    #[test]
+    fn successor_serves_where_no_connection_is_named() {
+        let dev = Dev { major: 0, minor: 40 };
+        let unnamed = |pid| Holder { pid, dev: None };
+        let other = Holder { pid: 4, dev: Some(Dev { major: 0, minor: 41 }) };
+        // The predecessor has pid 1 and the successor pid 2; pid 3 is not an lxcfs at the path.
+        let holders = vec![unnamed(1), unnamed(2), unnamed(3), other];
+        let choose = |holders: &[Holder]| choose(holders.to_vec(), dev, |pid| pid != 3, |pid| pid);
+        assert_eq!(choose(&holders), Some(unnamed(2)));
+        let named = Holder { pid: 5, dev: Some(dev) };
+        assert_eq!(choose(&[&holders[..], &[named.clone()]].concat()), Some(named));
+        assert_eq!(choose(&holders[2..]), None);
+    }
+
+    #[test]
+    fn arguments_name_the_program_and_the_path() {
+        let path = Path::new("/var/lib/lxcfs");
+        let of = |arguments: &[&str]| {
+            let arguments: Vec<_> = arguments.iter().map(|a| a.as_bytes().to_vec()).collect();
+            are_of_lxcfs_at(&arguments, path)
+        };
+        assert!(of(&["/usr/bin/lxcfs", "-f", "/var/lib/lxcfs"]));
+        assert!(of(&["/lib/ld.so", "/usr/bin/lxcfs", "/var/lib/lxcfs"]));
+        assert!(!of(&["/usr/bin/lxcfs", "-f", "/other"]) && !of(&["/var/lib/lxcfs"]) && !of(&[]));
+    }
 }

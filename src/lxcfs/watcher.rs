@@ -5,7 +5,6 @@
 use std::{
     io,
     os::fd::{AsFd, OwnedFd},
-    path::Path,
     time::Duration,
 };
 
@@ -17,7 +16,10 @@ use tokio::{
     time::{Instant, Interval, MissedTickBehavior},
 };
 
-use super::{Error, Finder, Identity, identify, server};
+use super::{
+    Error, Finder, Identity, identify,
+    server::{ServingProcess, serving_process},
+};
 use crate::{mount::Workers, sys};
 
 /// The interval between probes of lxcfs.
@@ -76,6 +78,8 @@ pub struct Watcher {
     mount_table: MountTableWatch,
     current: Option<Identity>,
     server: Option<Server>,
+    /// `server` is not searched for yet.
+    unsearched: bool,
     probe: Interval,
     probing: Option<JoinHandle<Result<(), Error>>>,
     /// [`Change::Unresponsive`] was reported and still holds.
@@ -87,6 +91,8 @@ pub struct Watcher {
 struct Server {
     exited: AsyncFd<OwnedFd>,
     supervised: bool,
+    /// See [`ServingProcess::certain`].
+    certain: bool,
 }
 
 impl Watcher {
@@ -97,13 +103,13 @@ impl Watcher {
         let mut probe = tokio::time::interval_at(Instant::now() + PROBE_INTERVAL, PROBE_INTERVAL);
         probe.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let current = identify(finder.path());
-        let server = current.and_then(|current| Server::of(current, finder.path()));
         Ok(Watcher {
             finder,
             workers,
             mount_table,
             current,
-            server,
+            server: None,
+            unsearched: true,
             probe,
             probing: None,
             unresponsive: false,
@@ -113,11 +119,26 @@ impl Watcher {
     /// Sends every change until the receiver is dropped.
     pub async fn run(mut self, changes: Sender<Change>) {
         loop {
+            if std::mem::take(&mut self.unsearched) {
+                self.server = self.find_server().await;
+                if self.server.is_none() {
+                    // It may have exited before the search.
+                    self.probe.reset_immediately();
+                }
+            }
             let change = self.changed().await;
             if changes.send(change).await.is_err() {
                 return;
             }
         }
+    }
+
+    /// Finds the process that serves now, on a worker thread: a hostile process can make reads of
+    /// its arguments block.
+    async fn find_server(&self) -> Option<Server> {
+        let (current, path) = (self.current?, self.finder.path().to_owned());
+        let found = self.workers.run(move |_| serving_process(current, &path)).await.ok()?;
+        Server::watch(&found?)
     }
 
     /// Waits for the next change.
@@ -139,7 +160,15 @@ impl Watcher {
             tokio::select! {
                 biased;
                 () = exited => {
-                    let supervised = self.server.take().is_some_and(|server| server.supervised);
+                    let Some(Server { supervised, certain, .. }) = self.server.take() else {
+                        continue;
+                    };
+                    if !certain {
+                        self.server = self.find_server().await;
+                        if self.server.is_some() {
+                            continue;
+                        }
+                    }
                     if let Some(was) = self.current.take() {
                         return Change::Exited { was, supervised };
                     }
@@ -149,8 +178,7 @@ impl Watcher {
                     if current != self.current {
                         self.current = current;
                         self.unresponsive = false;
-                        let path = self.finder.path();
-                        self.server = current.and_then(|current| Server::of(current, path));
+                        (self.server, self.unsearched) = (None, true);
                         return Change::Mounted(current);
                     }
                 }
@@ -181,13 +209,10 @@ impl Watcher {
 }
 
 impl Server {
-    fn of(identity: Identity, path: &Path) -> Option<Server> {
-        let process = server::serving_process(identity, path)?;
-        let parent = procfs::process::Process::new(process.pid()).and_then(|p| p.stat()).ok()?.ppid;
-        let parent =
-            procfs::process::Process::new(parent).and_then(|p| p.stat()).map(|stat| stat.comm);
+    fn watch(found: &ServingProcess) -> Option<Server> {
+        let ServingProcess { process, supervised, certain } = found;
         let pidfd = process.as_fd().try_clone_to_owned().ok()?;
         let exited = sys::async_fd(pidfd, Interest::READABLE).ok()?;
-        Some(Server { exited, supervised: parent.is_ok_and(|comm| comm == "kube-lxcfs") })
+        Some(Server { exited, supervised: *supervised, certain: *certain })
     }
 }

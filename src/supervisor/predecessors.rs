@@ -23,7 +23,9 @@ impl Predecessors {
     /// Takes over from predecessors: unmounts them at the path, and removes dead views. One that
     /// responds keeps serving the views in containers until [`Predecessors::replace`].
     pub(super) async fn take_over(path: &Path, sweepers: &Workers) -> Predecessors {
-        let mut predecessors = Predecessors { processes: processes_serving(path), mounted: None };
+        let of = path.to_owned();
+        let processes = sweepers.run(move |_| processes_serving(&of)).await.unwrap_or_default();
+        let mut predecessors = Predecessors { processes, mounted: None };
         let mut hung = None;
         if let Some(Identity { dev, .. }) = identify(path) {
             match Finder::new(path).find(sweepers).await {

@@ -5,6 +5,7 @@
     reason = "mount_setattr(2) has no safe wrapper in nix or rustix, and epoll none in tokio"
 )]
 
+pub mod fuse;
 pub mod mountinfo;
 pub mod process;
 pub mod syscalls;

@@ -1,0 +1,124 @@
+//! The processes that hold a FUSE connection, found in `/proc`. A connection whose last holder has
+//! exited is aborted by the kernel: its file system answers with `ENOTCONN`.
+
+use std::{
+    collections::HashSet,
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{AtFlags, CWD, FileType, StatxFlags};
+
+use super::mountinfo::Dev;
+
+/// The device number of `/dev/fuse` (Documentation/admin-guide/devices.txt).
+const FUSE_DEVICE: (u32, u32) = (10, 229);
+/// The limit of descriptors that are read of one process, of the lowest numbers.
+const MAX_FDS: usize = 1024;
+/// The limit of what is read of one file of `/proc`, in bytes.
+const MAX_BYTES: u64 = 64 << 10;
+
+/// A process that has `/dev/fuse` open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    pub pid: i32,
+    /// The device of the connection's file system (`fuse_connection` in fdinfo, newer kernels).
+    pub dev: Option<Dev>,
+}
+
+/// Every process that has `/dev/fuse` open, once per connection. No descriptor's file system is
+/// sent a request. On a node with many processes this takes milliseconds: call it on a worker
+/// thread.
+pub fn holders() -> Vec<Holder> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.flat_map(holders_in).collect()
+}
+
+/// The devices whose connection a process holds, as far as the kernel reports it.
+pub fn held() -> HashSet<Dev> {
+    holders().into_iter().filter_map(|holder| holder.dev).collect()
+}
+
+fn holders_in(pid: i32) -> Vec<Holder> {
+    let dir = PathBuf::from(format!("/proc/{pid}/fd"));
+    let mut found: Vec<Holder> = Vec::new();
+    for fd in std::fs::read_dir(&dir).into_iter().flatten().flatten().take(MAX_FDS) {
+        let path = fd.path();
+        let named =
+            std::fs::read_link(&path).is_ok_and(|to| to.file_name() == Some("fuse".as_ref()));
+        if !named || !is_fuse_device(&path) {
+            continue;
+        }
+        let info =
+            read_start(&Path::new("/proc").join(format!("{pid}/fdinfo")).join(fd.file_name()));
+        let holder = Holder { pid, dev: connection(&String::from_utf8_lossy(&info)) };
+        if !found.contains(&holder) {
+            found.push(holder);
+        }
+    }
+    found
+}
+
+/// Whether a descriptor is of the FUSE device. Its name proves nothing. With `AT_STATX_DONT_SYNC` a
+/// file system is not sent a request.
+fn is_fuse_device(fd: &Path) -> bool {
+    let stat = rustix::fs::statx(CWD, fd, AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE);
+    stat.is_ok_and(|stat| {
+        FileType::from_raw_mode(stat.stx_mode.into()) == FileType::CharacterDevice
+            && (stat.stx_rdev_major, stat.stx_rdev_minor) == FUSE_DEVICE
+    })
+}
+
+/// The device of a connection, from fdinfo.
+fn connection(info: &str) -> Option<Dev> {
+    let minor = info.lines().find_map(|line| line.strip_prefix("fuse_connection:"))?;
+    Some(Dev { major: 0, minor: minor.trim().parse().ok()? })
+}
+
+/// The arguments of a process, as far as the first 64 KiB have them. Reading them may block: a
+/// process may have them in memory that it serves itself.
+pub fn arguments(pid: i32) -> Vec<Vec<u8>> {
+    let text = read_start(Path::new(&format!("/proc/{pid}/cmdline")));
+    text.split(|b| *b == 0).map(<[u8]>::to_vec).collect()
+}
+
+fn read_start(path: &Path) -> Vec<u8> {
+    let mut text = Vec::new();
+    if let Ok(file) = std::fs::File::open(path) {
+        let _ = file.take(MAX_BYTES).read_to_end(&mut text);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_file_of_the_same_name_is_no_device() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("dev/fuse");
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, "").unwrap();
+        let _open = std::fs::File::open(&path).unwrap();
+        let own = std::process::id().cast_signed();
+        assert_eq!(holders_in(own), []);
+        assert!(is_fuse_device(Path::new("/dev/fuse")) && !is_fuse_device(Path::new("/dev/null")));
+    }
+
+    #[test]
+    fn connection_is_read_from_fdinfo() {
+        let info = "pos:\t0\nflags:\t02\nmnt_id:\t24\nfuse_connection:\t41\n";
+        assert_eq!(connection(info), Some(Dev { major: 0, minor: 41 }));
+        assert_eq!(connection("pos:\t0\n"), None);
+    }
+
+    #[test]
+    fn long_command_line_is_read_in_part() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cmdline");
+        std::fs::write(&path, vec![b'x'; 1 << 20]).unwrap();
+        assert_eq!(read_start(&path).len() as u64, MAX_BYTES);
+    }
+}
