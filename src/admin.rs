@@ -1,21 +1,29 @@
 //! The agent's HTTP endpoints: `/healthz`, `/readyz`, `/metrics`, `/status`. Every response needs
 //! the agent's loop, so that each endpoint reports a loop that is stuck.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+mod connections;
+
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
-    Json, Router,
+    Router,
     extract::State,
     http::{StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
 };
+use bytes::Bytes;
 use serde::Serialize;
 use tokio::{
     net::TcpListener,
-    sync::{mpsc, oneshot},
+    sync::{Mutex, mpsc, oneshot},
 };
 
+use self::connections::BoundedListener;
 use crate::{
     lxcfs::Finder,
     model::{
@@ -34,13 +42,21 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// The media type of OpenMetrics.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const STUCK: &str = "the agent's loop is stuck";
+const EXHAUSTED: &str = "too many worker threads hang; restart the agent";
+/// `/status` visits every container: its result is used again for this time.
+const STATUS_TTL: Duration = Duration::from_secs(1);
+/// The number of threads that `/status` uses, apart from those that mount.
+const STATUS_THREADS: usize = 2;
+/// The deadline of each job of `/status`.
+const STATUS_DEADLINE: Duration = Duration::from_secs(5);
 
 /// The dependencies of the handlers.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct AppState {
     /// Requests to the agent's loop.
     pub snapshots: mpsc::Sender<SnapshotRequest>,
     pub metrics: Arc<Metrics>,
+    /// The threads that mount, for `/healthz`.
     pub workers: Workers,
     pub finder: Finder,
     /// `None` if pids come from `/proc` only.
@@ -58,6 +74,14 @@ impl AppState {
     }
 }
 
+/// `/status`, one response at a time.
+#[derive(Debug)]
+struct Status {
+    app: AppState,
+    workers: Workers,
+    last: Mutex<Option<(Instant, Bytes)>>,
+}
+
 /// Listens.
 ///
 /// # Errors
@@ -69,19 +93,22 @@ pub async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
 /// Serves until it fails.
 ///
 /// # Errors
-/// Those of accept(2) that are not temporary.
+/// Fails if the threads of `/status` cannot be started.
 pub async fn serve(listener: TcpListener, state: AppState) -> std::io::Result<()> {
+    let workers = Workers::start(STATUS_THREADS, STATUS_DEADLINE)?;
+    let views = Arc::new(Status { app: state.clone(), workers, last: Mutex::default() });
     let router = Router::new()
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
-        .route("/status", get(status))
-        .with_state(Arc::new(state));
-    axum::serve(listener, router).await
+        .with_state(Arc::new(state))
+        .merge(Router::new().route("/status", get(status)).with_state(views));
+    axum::serve(BoundedListener::new(listener), router).await
 }
 
 async fn healthz(State(state): State<Arc<AppState>>) -> Response {
     match state.snapshot().await {
+        Some(_) if state.workers.is_exhausted() => unavailable(EXHAUSTED),
         Some(_) => "ok\n".into_response(),
         None => unavailable(STUCK),
     }
@@ -111,19 +138,34 @@ async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     ([(header::CONTENT_TYPE, OPENMETRICS)], state.metrics.text()).into_response()
 }
 
-async fn status(State(state): State<Arc<AppState>>) -> Response {
-    let pods = match &state.cri {
-        Some(cri) => sources::cri::list_pods_or_none(cri).await,
-        None => Vec::new(),
-    };
-    let serving = state.finder.find(&state.workers).await.ok().map(|lxcfs| lxcfs.dev);
-    let views = match node::status(&state.workers, serving, pods).await {
-        Ok(views) => views,
-        Err(e) => return unavailable(&format!("failed to scan /proc: {e}")),
-    };
-    match state.snapshot().await {
-        Some(Snapshot { containers, .. }) => Json(rows(views, containers)).into_response(),
-        None => unavailable(STUCK),
+async fn status(State(status): State<Arc<Status>>) -> Response {
+    let mut last = status.last.lock().await;
+    if let Some((at, rows)) = &*last
+        && at.elapsed() < STATUS_TTL
+    {
+        return json(rows.clone());
+    }
+    match status.rows().await {
+        Ok(rows) => json(last.insert((Instant::now(), rows)).1.clone()),
+        Err(why) => unavailable(&why),
+    }
+}
+
+impl Status {
+    async fn rows(&self) -> Result<Bytes, String> {
+        let pods = match &self.app.cri {
+            Some(cri) => sources::cri::list_pods_or_none(cri).await,
+            None => Vec::new(),
+        };
+        let finder = &self.app.finder;
+        let found = finder.find(&self.workers).await;
+        let at_path = node::state_at_path(finder.path(), found.as_deref());
+        drop(found);
+        let views = node::status(&self.workers, at_path, pods).await;
+        let views = views.map_err(|e| format!("failed to scan /proc: {e}"))?;
+        let Snapshot { containers, .. } = self.app.snapshot().await.ok_or(STUCK)?;
+        let rows = serde_json::to_vec(&rows(views, containers));
+        rows.map(Bytes::from).map_err(|e| e.to_string())
     }
 }
 
@@ -168,6 +210,10 @@ fn rows(views: Vec<ViewStatus>, mut containers: Vec<ContainerStatus>) -> Vec<Row
         },
     ));
     rows
+}
+
+fn json(body: Bytes) -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], body).into_response()
 }
 
 fn unavailable(why: &str) -> Response {

@@ -126,6 +126,9 @@ pub enum Command {
     /// container's state from stdin and inject the view if its annotations request one. The
     /// exit status is always 0, so that the container starts.
     Hook(HookArgs),
+    /// Probe one view file, for another kube-lxcfs.
+    #[command(hide = true)]
+    Probe(ProbeArgs),
     /// Check prerequisites and suggest fixes. The exit status is 1 if a check fails.
     Check {
         /// NRI socket of the runtime.
@@ -227,6 +230,20 @@ pub struct HookArgs {
     /// Inject in this process, which hangs when lxcfs does.
     #[arg(long, hide = true)]
     pub in_process: bool,
+}
+
+/// Flags of the hidden command `probe`.
+#[derive(Debug, Args)]
+pub struct ProbeArgs {
+    /// Pid of a process that has the view file.
+    pub pid: i64,
+    /// Name of the view file.
+    #[arg(value_parser = FileSet::parse)]
+    pub file: FileSet,
+    /// Major number of the view file's device.
+    pub major: u32,
+    /// Minor number of the view file's device.
+    pub minor: u32,
 }
 
 /// One container. No environment variable sets a target, so that none is changed by accident.

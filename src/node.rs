@@ -5,6 +5,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fmt, io,
     os::unix::fs::MetadataExt,
+    path::Path,
     pin::pin,
     sync::Arc,
 };
@@ -13,8 +14,9 @@ use futures::{StreamExt, stream};
 use serde::Serialize;
 
 use crate::{
+    lxcfs,
     model::{container_id::ContainerId, pod::Pod, view::ViewFile},
-    mount::{self, Liveness, LxcfsFiles, Task, Workers},
+    mount::{self, Liveness, LxcfsFiles, Prober, Task, Workers},
     plan::{DesiredView, ObservedMounts},
     runtime::cgroup,
     sys::{mountinfo::Dev, process::Process},
@@ -133,23 +135,25 @@ pub async fn sweep(workers: &Workers, exited: HashSet<Dev>) -> io::Result<PassSu
     Ok(pass(workers, namespaces()?, &Task::Sweep(Arc::new(exited))).await)
 }
 
-/// Sweeps every lxcfs that has exited, each probed in a container that has a view of it, and
+/// Sweeps every lxcfs that has exited, by its device in containers that have a view of it, and
 /// `hung`. Another lxcfs that hangs is left alone: on a node within a node it belongs to another
 /// supervisor.
 ///
 /// # Errors
 /// Fails if `/proc` cannot be listed.
 pub async fn sweep_dead(workers: &Workers, hung: Option<Dev>) -> io::Result<PassSummary> {
-    let mut probed: HashMap<Dev, Liveness> =
+    let mut known: HashMap<Dev, Liveness> =
         hung.into_iter().map(|dev| (dev, Liveness::Disconnected)).collect();
-    for ViewedNamespace { process, observed } in views(workers).await? {
+    let viewed = views(workers).await?;
+    let prober = Prober::new(workers).await;
+    for ViewedNamespace { process, observed } in viewed {
         for (file, dev) in observed.views() {
-            if probed.get(&dev).is_none_or(|liveness| *liveness == Liveness::Unknown) {
-                probed.insert(dev, mount::probe(workers, process.clone(), file).await);
+            if known.get(&dev).is_none_or(|liveness| *liveness == Liveness::Unknown) {
+                known.insert(dev, prober.liveness(&process, file, dev).await);
             }
         }
     }
-    let exited = probed.into_iter().filter(|(_, liveness)| *liveness == Liveness::Disconnected);
+    let exited = known.into_iter().filter(|(_, liveness)| *liveness == Liveness::Disconnected);
     let exited: HashSet<Dev> = exited.map(|(dev, _)| dev).collect();
     if exited.is_empty() { Ok(PassSummary::default()) } else { sweep(workers, exited).await }
 }
@@ -178,10 +182,24 @@ pub async fn remount(
 pub enum ViewState {
     /// It comes from the lxcfs that serves now.
     Current,
-    /// It comes from another lxcfs, which still responds.
+    /// It comes from another lxcfs, whose process still runs.
     Stale,
-    /// Its lxcfs has exited, or hangs.
+    /// Its lxcfs has exited, or is the one at the lxcfs path and hangs.
     Dead,
+}
+
+/// The device of the lxcfs at the lxcfs path and the state of its views, from a search for it.
+pub fn state_at_path(
+    path: &Path,
+    found: Result<&LxcfsFiles, &lxcfs::Error>,
+) -> Option<(Dev, ViewState)> {
+    match found {
+        Ok(lxcfs) => Some((lxcfs.dev, ViewState::Current)),
+        Err(lxcfs::Error::Hung { .. } | lxcfs::Error::Dead(_)) => {
+            lxcfs::identify(path).map(|at_path| (at_path.dev, ViewState::Dead))
+        }
+        Err(_) => None,
+    }
 }
 
 /// The view of one container, as `status` shows it.
@@ -195,14 +213,14 @@ pub struct ViewStatus {
     pub files: BTreeMap<ViewFile, ViewState>,
 }
 
-/// The views of this node. `serving` is the lxcfs that serves now; `pods` give the containers their
-/// names.
+/// The views of this node. `at_path` is the lxcfs at the lxcfs path, and the state of its views;
+/// `pods` give the containers their names.
 ///
 /// # Errors
 /// Fails if `/proc` cannot be listed.
 pub async fn status(
     workers: &Workers,
-    serving: Option<Dev>,
+    at_path: Option<(Dev, ViewState)>,
     pods: Vec<Pod>,
 ) -> io::Result<Vec<ViewStatus>> {
     let mut names = HashMap::new();
@@ -213,15 +231,16 @@ pub async fn status(
         }
     }
     // One probe, through one file of one container, decides for all views of an lxcfs.
-    let mut states: HashMap<Dev, ViewState> =
-        serving.into_iter().map(|dev| (dev, ViewState::Current)).collect();
+    let mut states: HashMap<Dev, ViewState> = at_path.into_iter().collect();
+    let viewed = views(workers).await?;
+    let prober = Prober::new(workers).await;
     let mut all = Vec::new();
-    for ViewedNamespace { process, observed } in views(workers).await? {
+    for ViewedNamespace { process, observed } in viewed {
         let mut files = BTreeMap::new();
         for (file, dev) in observed.views() {
             let state = match states.get(&dev) {
                 Some(state) => Some(*state),
-                None => match mount::probe(workers, process.clone(), file).await {
+                None => match prober.liveness(&process, file, dev).await {
                     Liveness::Alive => Some(ViewState::Stale),
                     Liveness::Disconnected | Liveness::Hung => Some(ViewState::Dead),
                     // The next container that has a view of it is probed.

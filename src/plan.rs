@@ -38,6 +38,9 @@ impl DesiredView {
 pub struct ServingLxcfs {
     pub dev: Dev,
     pub files: FileSet,
+    /// Its file system is writable, so that `cpu` is not among the files. A container with a user
+    /// namespace could write to the node's sysfs through it.
+    pub writable: bool,
 }
 
 /// The kind of a mount on a view file's path.
@@ -188,6 +191,8 @@ impl Step {
 pub enum SkipReason {
     /// The serving lxcfs has no such file.
     NotServed,
+    /// The serving lxcfs is not mounted read-only, and passes writes to this file on to the node.
+    WritableLxcfs,
     /// The container's `/proc` or `/sys` has no such file.
     NotInContainer,
     /// An unrelated mount is on the path.
@@ -202,6 +207,10 @@ impl fmt::Display for SkipReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             SkipReason::NotServed => f.write_str("not served by this lxcfs"),
+            SkipReason::WritableLxcfs => f.write_str(
+                "lxcfs is writable; a node administrator can make it read-only: \
+                 mount -o remount,ro LXCFS_PATH",
+            ),
             SkipReason::NotInContainer => f.write_str("the container has no such file"),
             SkipReason::PathOccupied => f.write_str("another mount is on its path"),
             SkipReason::PodProvided => f.write_str("a pod-provided lxcfs file is on its path"),
@@ -312,8 +321,10 @@ fn plan_managed(
         };
         if !serving.files.contains(file) {
             plan.steps.extend(remove(file, managed));
+            if file == ViewFile::Cpu && serving.writable {
+                plan.skipped.push((file, SkipReason::WritableLxcfs));
             // `ALL` means all that lxcfs serves: another file is not reported as skipped.
-            if desired != FileSet::ALL {
+            } else if desired != FileSet::ALL {
                 plan.skipped.push((file, SkipReason::NotServed));
             }
             continue;
@@ -352,7 +363,8 @@ mod tests {
 
     const NEW: Dev = Dev { major: 0, minor: 2 };
     const OLD: Dev = Dev { major: 0, minor: 1 };
-    const SERVING: Option<ServingLxcfs> = Some(ServingLxcfs { dev: NEW, files: FileSet::ALL });
+    const SERVING: Option<ServingLxcfs> =
+        Some(ServingLxcfs { dev: NEW, files: FileSet::ALL, writable: false });
 
     fn observed(layers: &[LayerKind]) -> ObservedMounts {
         let layers = layers
@@ -466,7 +478,7 @@ mod tests {
 
     #[test]
     fn unserved_file_is_reported_only_when_named() {
-        let serving = Some(ServingLxcfs { dev: NEW, files: FileSet::NONE });
+        let serving = Some(ServingLxcfs { dev: NEW, files: FileSet::NONE, writable: false });
         assert_eq!(
             plan(meminfo(), &ObservedMounts::default(), serving, false).skipped,
             [(ViewFile::Meminfo, SkipReason::NotServed)]
@@ -479,6 +491,21 @@ mod tests {
             plan(meminfo(), &observed(&[LayerKind::Managed(OLD)]), serving, false).steps,
             [remove(1)]
         );
+    }
+
+    #[test]
+    fn cpu_of_a_writable_lxcfs_is_skipped_and_removed() {
+        let files = FileSet::ALL.iter().filter(|f| *f != ViewFile::Cpu).collect();
+        let serving = Some(ServingLxcfs { dev: NEW, files, writable: true });
+        let layer = Layer { id: MountId(1), kind: LayerKind::Managed(OLD) };
+        let observed = ObservedMounts {
+            layers: BTreeMap::from([(ViewFile::Cpu, vec![layer])]),
+            ..ObservedMounts::default()
+        };
+        let plan = plan(DesiredView::Exactly(FileSet::ALL), &observed, serving, false);
+        assert_eq!(plan.skipped, [(ViewFile::Cpu, SkipReason::WritableLxcfs)]);
+        let removed = Step::Remove { file: ViewFile::Cpu, mount: MountId(1) };
+        assert!(plan.steps.contains(&removed), "{plan:?}");
     }
 
     #[test]
@@ -650,7 +677,7 @@ mod tests {
             up in any::<bool>(),
             adopt in any::<bool>(),
         ) {
-            let serving = up.then_some(ServingLxcfs { dev: NEW, files });
+            let serving = up.then_some(ServingLxcfs { dev: NEW, files, writable: false });
             let first = plan(desired, &before, serving, adopt);
             let mut after = before.clone();
             for step in &first.steps {

@@ -5,7 +5,7 @@ use std::{collections::HashMap, path::PathBuf, process::ExitCode, sync::Arc};
 use anyhow::{Context, Result, anyhow};
 use tokio::{sync::mpsc, task::JoinSet};
 
-use super::workers;
+use super::{raise_descriptor_limit, workers};
 use crate::{
     admin::{self, AppState},
     agent::{
@@ -29,6 +29,7 @@ use crate::{
 const CHANNEL_CAPACITY: usize = 256;
 
 pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
+    raise_descriptor_limit();
     let lxcfs_path = common.lxcfs_path.clone();
     let cri = CriClient::new(common.cri_endpoint);
     let workers = workers(args.workers, Purpose::Mount)?;

@@ -149,7 +149,16 @@ async fn serving(path: &Path) -> Check {
         }
     };
     match lxcfs::find(&workers, path).await {
-        Ok(lxcfs) => ok("lxcfs", format!("serves {} at {}", lxcfs.serving().files, path.display())),
+        Ok(lxcfs) => {
+            let path = path.display();
+            let detail = format!("serves {} at {path}", lxcfs.serving().files);
+            if lxcfs.writable {
+                let why = "without cpu, because lxcfs is writable; make it read-only:";
+                warn("lxcfs", format!("{detail}, {why} mount -o remount,ro {path}"))
+            } else {
+                ok("lxcfs", detail)
+            }
+        }
         Err(e) => fail("lxcfs", e),
     }
 }

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-use super::check;
+use super::{check, raise_descriptor_limit};
 use crate::{
     args::{Common, LxcfsArgs},
     supervisor::Supervisor,
@@ -15,6 +15,7 @@ pub(super) async fn run(
     common: Common,
     LxcfsArgs { lxcfs_bin, watchdog, args }: LxcfsArgs,
 ) -> Result<ExitCode> {
+    raise_descriptor_limit();
     check::require_capabilities()?;
     syscalls::verify_syscalls(Purpose::Mount)?;
     let path = std::path::absolute(&common.lxcfs_path)?;

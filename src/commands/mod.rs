@@ -6,6 +6,7 @@ mod hook;
 mod lxcfs;
 mod mount;
 mod output;
+mod probe;
 mod status;
 
 use std::{io::Write, process::ExitCode, time::Duration};
@@ -38,6 +39,16 @@ pub fn run(cli: Cli) -> ExitCode {
     })
 }
 
+/// Raises the limit of open descriptors to the most that is allowed, for the agent and the
+/// supervisor: they hold some for each container.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(cause) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        tracing::warn!(%cause, "failed to raise the limit of open files");
+    }
+}
+
 async fn dispatch(Cli { common, command }: Cli) -> Result<ExitCode> {
     match command {
         Command::Agent(args) => agent::run(common, args).await,
@@ -48,6 +59,7 @@ async fn dispatch(Cli { common, command }: Cli) -> Result<ExitCode> {
         Command::Umount { target, output } => mount::umount(common, target, output.output).await,
         Command::Remount { target, output } => mount::remount(common, target, output.output).await,
         Command::Status { output } => status::run(common, output.output).await,
+        Command::Probe(args) => probe::run(args),
         Command::Hook(args) => Ok(hook::run(common, args).await),
         Command::Check { nri_socket, output } => {
             check::run(common, &nri_socket, output.output).await

@@ -19,19 +19,18 @@ use crate::{
 
 pub(super) async fn run(common: Common, output: Output) -> Result<ExitCode> {
     let workers = workers(None, Purpose::Remove)?;
-    let serving = match lxcfs::find(&workers, &common.lxcfs_path).await {
-        Ok(lxcfs) => Some(lxcfs.dev),
-        Err(e) => {
-            tracing::warn!(cause = %e, "no lxcfs serves");
-            None
-        }
-    };
+    let found = lxcfs::find(&workers, &common.lxcfs_path).await;
+    if let Err(e) = &found {
+        tracing::warn!(cause = %e, "no lxcfs serves");
+    }
+    let at_path = node::state_at_path(&common.lxcfs_path, found.as_deref());
+    drop(found);
     let pods = if common.pid_from == PidSource::Proc {
         Vec::new()
     } else {
         sources::cri::list_pods_or_none(&CriClient::new(common.cri_endpoint)).await
     };
-    let views = node::status(&workers, serving, pods).await.context("failed to scan /proc")?;
+    let views = node::status(&workers, at_path, pods).await.context("failed to scan /proc")?;
     print(output, &views, || {
         let header = ["POD", "CONTAINER", "ID", "PID", "STATE", "FILES"].map(str::to_owned);
         columns(&std::iter::once(header).chain(views.iter().map(row)).collect::<Vec<_>>())

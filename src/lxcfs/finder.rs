@@ -24,12 +24,16 @@ use crate::{
 /// The interval between the searches of [`wait_until_serving`].
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
+/// The time for a supervisor to make a new lxcfs read-only, and the interval between checks.
+const READ_ONLY_GRACE: Duration = Duration::from_millis(250);
+const READ_ONLY_POLL: Duration = Duration::from_millis(5);
+
 /// Finds the lxcfs that serves at `path`, checks that it responds, and opens its view files.
 ///
 /// # Errors
 /// Fails if there is none, or it does not respond within the workers' deadline.
 pub async fn find(workers: &Workers, path: &Path) -> Result<Arc<LxcfsFiles>, Error> {
-    Finder::new(path).find(workers).await
+    Finder { grace: Duration::ZERO, ..Finder::new(path) }.find(workers).await
 }
 
 /// As [`find`], but waits up to `timeout` for an lxcfs that is starting.
@@ -58,6 +62,10 @@ pub async fn wait_until_serving(
 pub struct Finder {
     path: PathBuf,
     pending: Arc<Mutex<Option<PendingProbe>>>,
+    /// The time for a new lxcfs to become read-only.
+    grace: Duration,
+    /// The lxcfs that was found last.
+    found: Arc<Mutex<Option<Identity>>>,
 }
 
 /// A probe that timed out and has not returned.
@@ -70,7 +78,12 @@ struct PendingProbe {
 
 impl Finder {
     pub fn new(path: &Path) -> Finder {
-        Finder { path: path.to_owned(), pending: Arc::default() }
+        Finder {
+            path: path.to_owned(),
+            pending: Arc::default(),
+            grace: READ_ONLY_GRACE,
+            found: Arc::default(),
+        }
     }
 
     pub fn path(&self) -> &Path {
@@ -88,9 +101,14 @@ impl Finder {
             }
         }
         let path = self.path.clone();
-        let timed_out = match workers.run(move |_| open(&path)).await {
+        let is_new = *lock(&self.found) != identity;
+        let grace = if is_new { self.grace } else { Duration::ZERO };
+        let timed_out = match workers.run(move |_| open(&path, grace)).await {
             Ok(found) => {
                 *self.pending() = None;
+                if found.is_ok() {
+                    *lock(&self.found) = identity;
+                }
                 return found.map(Arc::new);
             }
             Err(timed_out) => timed_out,
@@ -107,12 +125,17 @@ impl Finder {
     }
 
     fn pending(&self) -> MutexGuard<'_, Option<PendingProbe>> {
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pending)
     }
 }
 
-/// Opens the view files of the lxcfs at `path`, and reads one. Blocks if lxcfs hangs.
-fn open(path: &Path) -> Result<LxcfsFiles, Error> {
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Opens the view files of the lxcfs at `path`, and reads one. Blocks if lxcfs hangs. A writable one
+/// becomes read-only within `grace`, or `cpu` is not opened.
+fn open(path: &Path, grace: Duration) -> Result<LxcfsFiles, Error> {
     let fail = |verb| move |cause: std::io::Error| Error::Io { path: path.to_owned(), verb, cause };
     // Only readlink(2) is called on the path's last component; FUSE handles it for a directory
     // without its server.
@@ -151,7 +174,8 @@ fn open(path: &Path) -> Result<LxcfsFiles, Error> {
     }
     let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
     let mut files = BTreeMap::new();
-    for file in ViewFile::ALL {
+    let writable = is_writable(&text, mount.id) && stays_writable(mount.id, grace);
+    for file in ViewFile::ALL.into_iter().filter(|file| !(writable && *file == ViewFile::Cpu)) {
         match rustix::fs::openat2(
             &root,
             file.path(),
@@ -170,7 +194,29 @@ fn open(path: &Path) -> Result<LxcfsFiles, Error> {
         Some(libc::ENOTCONN | libc::ECONNABORTED) => Error::Dead(path.to_owned()),
         _ => fail("read proc/uptime")(cause),
     })?;
-    Ok(LxcfsFiles { dev: mount.dev, files })
+    Ok(LxcfsFiles { dev: mount.dev, files, writable })
+}
+
+/// Whether the file system of a mount is writable, by the options after its source: those of the
+/// mount itself can be changed in a container's user namespace. A line that is not understood
+/// counts as writable.
+fn is_writable(table: &[u8], mount: MountId) -> bool {
+    let id = format!("{mount} ");
+    let line = table.split(|b| *b == b'\n').find(|line| line.starts_with(id.as_bytes()));
+    let options = line.and_then(|line| line.rsplit(|b| *b == b' ').next());
+    options.is_none_or(|options| !options.split(|b| *b == b',').any(|option| option == b"ro"))
+}
+
+fn stays_writable(mount: MountId, grace: Duration) -> bool {
+    let started = Instant::now();
+    while started.elapsed() < grace {
+        std::thread::sleep(READ_ONLY_POLL);
+        let table = std::fs::read("/proc/thread-self/mountinfo").unwrap_or_default();
+        if !is_writable(&table, mount) {
+            return false;
+        }
+    }
+    true
 }
 
 /// Checks that lxcfs responds: reads the file that is the cheapest for it.
@@ -185,5 +231,19 @@ fn probe(root: &impl std::os::fd::AsFd) -> std::io::Result<()> {
     match std::fs::File::from(uptime).read(&mut text)? {
         0 => Err(std::io::Error::other("it is empty")),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_file_systems_own_options_decide() {
+        let table = b"7 1 0:40 / /a ro,nosuid - fuse.lxcfs lxcfs rw,user_id=0\n\
+                      8 1 0:41 / /b rw,nosuid shared:3 - fuse.lxcfs lxcfs ro,user_id=0\n";
+        assert!(is_writable(table, MountId(7)));
+        assert!(!is_writable(table, MountId(8)));
+        assert!(is_writable(table, MountId(9)) && is_writable(b"", MountId(1)));
     }
 }

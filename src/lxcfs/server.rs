@@ -145,7 +145,8 @@ mod tests {
         let choose = |holders: &[Holder]| choose(holders.to_vec(), dev, |pid| pid != 3, |pid| pid);
         assert_eq!(choose(&holders), Some(unnamed(2)));
         let named = Holder { pid: 5, dev: Some(dev) };
-        assert_eq!(choose(&[&holders[..], &[named.clone()]].concat()), Some(named));
+        let all = [holders.as_slice(), std::slice::from_ref(&named)].concat();
+        assert_eq!(choose(&all), Some(named));
         assert_eq!(choose(&holders[2..]), None);
     }
 

@@ -31,7 +31,7 @@ use crate::{
     plan::{CoverFile, ObservedMounts, Plan, SkipReason, Step},
     sys::{
         self, Ownership,
-        mountinfo::{MountId, MountTable},
+        mountinfo::{Dev, MountId, MountTable},
         process::Process,
     },
 };
@@ -233,12 +233,22 @@ impl<'a> EnteredNs<'a> {
         MountTable::parse(text).map_err(fail)
     }
 
-    /// Opens a view file for reading, which sends its lxcfs a request.
-    pub(super) fn probe(&self, file: ViewFile) -> Liveness {
+    /// Opens a view file for reading, if its device is `dev`, which sends its lxcfs a request. The
+    /// check and the open are of the same mount, whatever the container mounts in between.
+    pub(super) fn probe(&self, file: ViewFile, dev: Dev) -> Liveness {
         let Ok(base) = self.open_base(file.base()) else { return Liveness::Unknown };
-        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+        let Ok(top) = open(&base, file.path_in_base(), ResolveFlags::empty()) else {
+            return Liveness::Unknown;
+        };
+        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+        let is_dev = rustix::fs::statx(&top, "", flags, StatxFlags::TYPE)
+            .is_ok_and(|stat| (stat.stx_dev_major, stat.stx_dev_minor) == (dev.major, dev.minor));
+        if !is_dev {
+            return Liveness::Unknown;
+        }
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        match rustix::fs::openat2(base, file.path_in_base(), flags, Mode::empty(), resolve) {
+        // The working directory has the thread's descriptors.
+        match rustix::fs::open(DecInt::from_fd(&top), flags, Mode::empty()) {
             Ok(_) => Liveness::Alive,
             // The errors of a FUSE file system whose process has exited (fuse(4)), the second for
             // requests that were pending.

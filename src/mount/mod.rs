@@ -6,6 +6,7 @@
 //! the agent's own. Nothing in the container is trusted: see `driver.rs`.
 
 mod driver;
+mod liveness;
 mod namespace;
 pub mod observe;
 mod workers;
@@ -20,6 +21,7 @@ use std::{
 
 pub use self::{
     driver::{IfLocked, reconcile_blocking},
+    liveness::{Liveness, Prober, probe_blocking},
     namespace::WorkerContext,
     workers::{Error as WorkError, JobTimeout, Workers},
 };
@@ -45,12 +47,15 @@ const MAX_LOCK_INTERVAL: Duration = Duration::from_millis(50);
 pub struct LxcfsFiles {
     pub dev: Dev,
     pub files: BTreeMap<ViewFile, OwnedFd>,
+    /// See [`ServingLxcfs::writable`].
+    pub writable: bool,
 }
 
 impl LxcfsFiles {
     /// The part of it that the plan uses.
     pub fn serving(&self) -> ServingLxcfs {
-        ServingLxcfs { dev: self.dev, files: self.files.keys().copied().collect() }
+        let files = self.files.keys().copied().collect();
+        ServingLxcfs { dev: self.dev, files, writable: self.writable }
     }
 }
 
@@ -179,27 +184,4 @@ pub async fn observe(workers: &Workers, process: Arc<Process>) -> Result<Observe
     let observed =
         workers.run(move |context| context.enter(&process, |entered| entered.observe())).await;
     observed.unwrap_or_else(|timeout| Err(timeout.error.into()))
-}
-
-/// The response of an lxcfs when one of its view files is opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Liveness {
-    Alive,
-    /// Its process has exited.
-    Disconnected,
-    Hung,
-    /// It could not be probed: the container has exited, or hides the file.
-    Unknown,
-}
-
-/// Probes the lxcfs behind a view file of a container.
-pub async fn probe(workers: &Workers, process: Arc<Process>, file: ViewFile) -> Liveness {
-    match workers
-        .run(move |context| context.enter(&process, |entered| Ok(entered.probe(file))))
-        .await
-    {
-        Ok(Ok(liveness)) => liveness,
-        Err(JobTimeout { error: WorkError::TimedOut(_), .. }) => Liveness::Hung,
-        _ => Liveness::Unknown,
-    }
 }

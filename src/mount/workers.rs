@@ -19,7 +19,7 @@ use tokio::sync::oneshot;
 
 use super::WorkerContext;
 
-/// The limit of hung threads, beside those that work. Beyond it new jobs are refused.
+/// The limit of hung threads, beside those that work. Beyond it jobs are refused, queued ones too.
 const MAX_HUNG_THREADS: usize = 64;
 
 type Job = Box<dyn FnOnce(&WorkerContext, &Arc<AtomicBool>) + Send>;
@@ -113,7 +113,7 @@ impl Workers {
         if hung >= MAX_HUNG_THREADS {
             return Err(JobTimeout { error: Error::TooManyHung(hung), result: None });
         }
-        let started = Arc::new(OnceLock::new());
+        let started: Arc<OnceLock<(Instant, Arc<AtomicBool>)>> = Arc::default();
         let (result_tx, mut result) = oneshot::channel();
         let start = started.clone();
         self.pool.push(Box::new(move |context, abandoned| {
@@ -125,11 +125,15 @@ impl Workers {
             // Time in the queue does not count: a full pool is busy, not hung. The thread sends no
             // message when it starts, because waking two threads for each job costs as
             // much as a mount.
-            let left = started
-                .get()
-                .map_or(deadline, |(at, _): &(Instant, _)| deadline.saturating_sub(at.elapsed()));
+            let left =
+                started.get().map_or(deadline, |(at, _)| deadline.saturating_sub(at.elapsed()));
             if let Ok(result) = tokio::time::timeout(left, &mut result).await {
-                return result.map_err(|_| JobTimeout { error: Error::Panicked, result: None });
+                // A job that is dropped in the queue has not started.
+                let dropped = |_| match started.get() {
+                    Some(_) => Error::Panicked,
+                    None => Error::TooManyHung(self.hung()),
+                };
+                return result.map_err(dropped).map_err(|error| JobTimeout { error, result: None });
             }
             if let Some((at, abandoned)) = started.get()
                 && at.elapsed() >= deadline
@@ -138,6 +142,11 @@ impl Workers {
                 return Err(JobTimeout { error: Error::TimedOut(deadline), result: Some(result) });
             }
         }
+    }
+
+    /// Whether so many threads hang that jobs are refused.
+    pub fn is_exhausted(&self) -> bool {
+        self.pool.is_exhausted()
     }
 
     /// The number of threads that hang now, beyond their deadline.
@@ -150,6 +159,10 @@ impl Pool {
     fn queue(&self) -> MutexGuard<'_, Queue> {
         // Jobs run outside the lock, so a poisoned queue is whole.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_exhausted(&self) -> bool {
+        self.hung.load(Ordering::SeqCst) >= MAX_HUNG_THREADS
     }
 
     fn push(&self, job: Job) {
@@ -200,6 +213,10 @@ impl Pool {
                     queue = self.ready.wait(queue).unwrap_or_else(PoisonError::into_inner);
                 }
             };
+            if self.is_exhausted() {
+                drop(job);
+                continue;
+            }
             // A panic drops the job's sender, which the caller sees; the guard of `enter` has
             // restored the namespace.
             let _ =
@@ -233,6 +250,32 @@ mod tests {
         while workers.hung() > 0 {
             tokio::task::yield_now().await;
         }
+    }
+
+    #[tokio::test]
+    async fn queued_jobs_do_not_exceed_the_hung_limit() {
+        let workers = workers(1, Duration::from_millis(5));
+        let released = Arc::new((Mutex::new(false), Condvar::new()));
+        let hang = || {
+            let released = released.clone();
+            workers.run(move |_| {
+                let held = released.0.lock().unwrap();
+                drop(released.1.wait_while(held, |released| !*released).unwrap());
+            })
+        };
+        let results = futures::future::join_all((0..2 * MAX_HUNG_THREADS).map(|_| hang())).await;
+        let refused = |r: &Result<(), JobTimeout<()>>| {
+            matches!(r, Err(JobTimeout { error: Error::TooManyHung(_), .. }))
+        };
+        assert_eq!(results.iter().filter(|r| refused(r)).count(), MAX_HUNG_THREADS);
+        assert_eq!(workers.hung(), MAX_HUNG_THREADS);
+        assert!(workers.is_exhausted());
+        *released.0.lock().unwrap() = true;
+        released.1.notify_all();
+        while workers.hung() > 0 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(workers.run(|_| 7).await.unwrap(), 7);
     }
 
     #[tokio::test]

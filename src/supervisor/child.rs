@@ -9,7 +9,10 @@ use std::{
     time::Duration,
 };
 
-use rustix::process::{Pid, Signal};
+use rustix::{
+    mount::FsPickFlags,
+    process::{Pid, Signal},
+};
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, BufReader},
     process::{Child, Command},
@@ -75,6 +78,16 @@ pub(super) fn start(
     forward(child.stdout.take());
     forward(child.stderr.take());
     Ok(child)
+}
+
+/// Makes the file system of the lxcfs at `path` read-only, for all its mounts: a container with a
+/// user namespace can make its own mount writable, and lxcfs 5 passes writes on to the host. As
+/// `mount -o remount,ro`, but the options of the mount itself stay.
+pub(super) fn make_read_only(path: &Path) -> rustix::io::Result<()> {
+    let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_NO_AUTOMOUNT;
+    let context = rustix::mount::fspick(rustix::fs::CWD, path, flags)?;
+    rustix::mount::fsconfig_set_flag(&context, "ro")?;
+    rustix::mount::fsconfig_reconfigure(&context)
 }
 
 /// Terminates the child if it still runs.

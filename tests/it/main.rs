@@ -13,6 +13,7 @@ mod command_line;
 mod containers;
 mod harness;
 mod hook;
+mod hostile_lxcfs;
 mod hostile_mounts;
 mod http;
 mod isolation;

@@ -8,7 +8,7 @@ use std::{
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
-use super::{Running, eventually, kube_lxcfs, program, send, unmount};
+use super::{Running, eventually, kube_lxcfs, program, send, stderr, unmount};
 
 /// An lxcfs without a supervisor.
 #[derive(Debug)]
@@ -23,6 +23,15 @@ impl Lxcfs {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lxcfs");
         fs::create_dir(&path).unwrap();
+        Lxcfs::with(path, dir)
+    }
+
+    /// At this path.
+    pub(crate) fn at(path: &Path) -> Lxcfs {
+        Lxcfs::with(path.to_owned(), tempfile::tempdir().unwrap())
+    }
+
+    fn with(path: PathBuf, dir: TempDir) -> Lxcfs {
         let process = Lxcfs::serve(&path, dir.path());
         Lxcfs { path, process, dir }
     }
@@ -40,6 +49,7 @@ impl Lxcfs {
             .arg(path);
         let process = Running::start(&mut lxcfs, &dir.join("log"));
         wait_until_serving(path, &process);
+        make_read_only(path);
         process
     }
 
@@ -53,6 +63,12 @@ impl Drop for Lxcfs {
         self.process.kill();
         unmount(&self.path);
     }
+}
+
+/// As an administrator makes a host-managed lxcfs read-only, so that it serves `cpu` too.
+fn make_read_only(path: &Path) {
+    let remount = program("mount").args(["-o", "remount,ro"]).arg(path).output().unwrap();
+    assert!(remount.status.success(), "{}", stderr(&remount));
 }
 
 fn wait_until_serving(path: &Path, process: &Running) {

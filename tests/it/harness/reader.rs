@@ -54,19 +54,25 @@ pub(crate) struct Reader {
     _dir: TempDir,
 }
 
-/// The reader's program, compiled once: the lock keeps a second test from doing it as well.
+/// The reader's program.
 pub(crate) fn reader_program() -> PathBuf {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/reader.rs");
+    compiled("reader")
+}
+
+/// A program of tests/it, compiled once: the lock keeps a second test from doing it as well.
+pub(crate) fn compiled(name: &str) -> PathBuf {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/it/{name}.rs"));
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let program = dir.join("reader");
-    let lock = fs::File::create(dir.join("reader.lock")).unwrap();
+    let program = dir.join(name);
+    let lock = fs::File::create(dir.join(format!("{name}.lock"))).unwrap();
     lock.lock().unwrap();
     let modified = |path: &Path| fs::metadata(path).and_then(|m| m.modified()).ok();
     if modified(&program) < modified(&source) {
-        let part = dir.join("reader.part");
+        let part = dir.join(format!("{name}.part"));
         let mut rustc = Command::new(std::env::var("RUSTC").unwrap_or_else(|_| "rustc".into()));
         rustc
-            .args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "-o"])
+            .args(["--edition", "2024", "-O", "-C", "target-feature=+crt-static", "--crate-name"])
+            .args([name, "-o"])
             .arg(&part)
             .arg(source);
         let compiled = rustc.output().unwrap_or_else(|e| panic!("this test needs rustc: {e}"));

@@ -1,0 +1,21 @@
+//! `kube-lxcfs probe`: probes one view file, for another kube-lxcfs. Not for users.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, anyhow};
+
+use super::output::print;
+use crate::{
+    args::{Output, ProbeArgs},
+    mount,
+    sys::{mountinfo::Dev, process::Process},
+};
+
+pub(super) fn run(ProbeArgs { pid, file, major, minor }: ProbeArgs) -> Result<ExitCode> {
+    let file = file.iter().next().context("no view file")?;
+    let process = Process::open(pid)?;
+    let state = mount::probe_blocking(&process, file, Dev { major, minor });
+    let state = state.map_err(|e| anyhow!(e))?;
+    print(Output::Text, &state, || vec![state.to_owned()])?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,244 @@
+//! What passes for lxcfs and is not, and what a container or a client does to lxcfs and the agent.
+
+use std::{
+    fs,
+    io::Write,
+    net::TcpStream,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+
+use crate::harness::*;
+
+/// A container with a file system of its own that passes for a view of `/proc/meminfo`.
+struct Fake {
+    container: Bare,
+    _dir: tempfile::TempDir,
+}
+
+impl Fake {
+    /// `mode`: `hang`, or the error of every open.
+    fn start(mode: &str) -> Fake {
+        Fake::by(Path::new("/dev/fuse"), mode)
+    }
+
+    /// By this device.
+    fn by(device: &Path, mode: &str) -> Fake {
+        let program = compiled("fuse_fake");
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().to_str().unwrap();
+        let script = format!(
+            "mount --bind {at}/proc/meminfo /proc/meminfo; \
+             mount -o remount,bind,ro,nosuid,nodev,noexec,noatime /proc/meminfo"
+        );
+        let command = [program.to_str().unwrap(), mode, device.to_str().unwrap(), at, &script];
+        let container = Bare::running(&OWN_NAMESPACES, &command);
+        eventually_true("the fake is ready", || container.unshare.log().contains("ready"));
+        Fake { container, _dir: dir }
+    }
+
+    fn dev(&self) -> (String, String) {
+        let table = self.container.mountinfo();
+        let line = table.lines().find(|l| l.contains(" /proc/meminfo ")).unwrap();
+        let (major, minor) = line.split(' ').nth(2).unwrap().split_once(':').unwrap();
+        (major.to_owned(), minor.to_owned())
+    }
+
+    fn has_view(&self) -> bool {
+        views(&self.container.mountinfo()) == ["/proc/meminfo"]
+    }
+}
+
+fn agent_of(dir: &Path, pods: &Pods, lxcfs_path: &str) -> Running {
+    let args = ["--node-name", "n1", "--lxcfs-path", lxcfs_path, "--pid-from", "proc"];
+    let kubeconfig = pods.kubeconfig();
+    agent(dir, &args, &[("KUBECONFIG", kubeconfig.to_str().unwrap())])
+}
+
+/// Without a view file to open, a container's file system cannot make a thread hang.
+#[test]
+fn hanging_fake_lxcfs_stops_neither_status_nor_agent() {
+    isolated(|| {
+        let (fake, lxcfs) = (Fake::start("hang"), Lxcfs::start());
+        let started = Instant::now();
+        let args = ["status", "-o", "json", "--pid-from", "proc", "--lxcfs-path", lxcfs.path()];
+        let rows: serde_json::Value = serde_json::from_str(&succeeds(&args)).unwrap();
+        assert!(started.elapsed() < Duration::from_secs(4), "{:?}", started.elapsed());
+        let row = rows.as_array().unwrap().iter().find(|row| fake.container.has(&row["pid"]));
+        assert_eq!(row.unwrap()["files"]["meminfo"], "stale");
+
+        let (reader, pods) = (Reader::start(Duration::from_millis(50)), Pods::start());
+        let dir = tempfile::tempdir().unwrap();
+        let mut agent = agent_of(dir.path(), &pods, lxcfs.path());
+        ready(&agent);
+        let started = Instant::now();
+        (0..70).for_each(|_| drop(status(&agent)));
+        assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
+        assert_eq!(get(&agent, "/healthz").0, 200);
+        pods.run("in", &reader.id, json!({"kube-lxcfs.io/inject": "true"}));
+        has_views("the reader", reader.pid(), ALWAYS.len());
+        assert!(fake.has_view(), "it never opted in");
+        agent.signal(Signal::SIGKILL);
+        eventually_true("no thread of the agent hangs", || !agent.is_running());
+    });
+}
+
+/// A device of another name is not found, so its files are opened: in a process of their own.
+#[test]
+fn hanging_fake_of_a_hidden_device_costs_one_process() {
+    isolated(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let device = dir.path().join("hidden");
+        let copied = program("cp").args(["-a", "/dev/fuse"]).arg(&device).status().unwrap();
+        assert!(copied.success());
+        let (fake, lxcfs) = (Fake::by(&device, "hang"), Lxcfs::start());
+        let pods = Pods::start();
+        let mut agent = agent_of(dir.path(), &pods, lxcfs.path());
+        ready(&agent);
+        for _ in 0..5 {
+            let rows = status(&agent);
+            let row = rows.iter().find(|row| fake.container.has(&row["pid"])).unwrap();
+            assert_eq!(row["files"]["meminfo"], "dead");
+        }
+        let probes = |process: &procfs::process::Process| {
+            process.stat().is_ok_and(|stat| stat.ppid == agent.pid())
+        };
+        let all = procfs::process::all_processes().unwrap().flatten();
+        assert!(all.filter(probes).count() <= 1, "a device that hung is remembered");
+        assert!(fake.has_view(), "it never opted in");
+        agent.signal(Signal::SIGKILL);
+        eventually_true("no thread of the agent hangs", || !agent.is_running());
+    });
+}
+
+/// Its server runs, so the sweep leaves it alone, and the views of others too.
+#[test]
+fn fake_that_answers_enotconn_gets_nothing_swept() {
+    isolated(|| {
+        let (fake, old, target) = (Fake::start("ENOTCONN"), Lxcfs::start(), Bare::start());
+        let pid = target.pid.to_string();
+        succeeds(&["mount", "--pid", &pid, "--lxcfs-path", old.path()]);
+        // A supervisor sweeps at its start what has exited.
+        let supervised = Supervised::start(&[]);
+        assert_eq!(views(&target.mountinfo()).len(), ALWAYS.len());
+        assert!(fake.has_view());
+        let swept = |e: &serde_json::Value| e["swept_files"].as_u64();
+        assert_eq!(supervised.supervisor.entries().iter().filter_map(swept).sum::<u64>(), 0);
+
+        // The probe of a file is of one device only, whatever the container has mounted.
+        let container = fake.container.pid.to_string();
+        let (major, minor) = fake.dev();
+        let probe = |minor: &str| succeeds(&["probe", &container, "meminfo", &major, minor]);
+        assert_eq!(probe(&minor), "disconnected\n");
+        assert_eq!(probe("99999"), "unknown\n");
+    });
+}
+
+#[test]
+fn impostor_is_not_taken_for_the_serving_lxcfs() {
+    isolated(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lxcfs");
+        fs::create_dir_all(dir.path().join("dev")).unwrap();
+        fs::create_dir(&path).unwrap();
+        // It is found before lxcfs: its pid is lower.
+        let device = dir.path().join("dev/fuse");
+        let script =
+            format!("exec 3<>{}; exec -a lxcfs sh -c 'sleep 3600; :' \"$0\"", device.display());
+        let args = ["--mount", "--propagation", "private", "--fork", "--kill-child"];
+        let impostor = Bare::running(&args, &["bash", "-c", &script, path.to_str().unwrap()]);
+        eventually_true("it poses as lxcfs", || {
+            let args = fs::read(format!("/proc/{}/cmdline", impostor.pid)).unwrap_or_default();
+            args.starts_with(b"lxcfs\0")
+                && args.ends_with(&[path.as_os_str().as_encoded_bytes(), b"\0"].concat())
+        });
+        let mut lxcfs = Lxcfs::at(&path);
+        let pods = Pods::start();
+        let agent = agent_of(dir.path(), &pods, lxcfs.path());
+        ready(&agent);
+        send(impostor.pid, Signal::SIGKILL);
+        drop(impostor);
+        std::thread::sleep(Duration::from_secs(1));
+        assert_eq!(agent.logged(&[("lxcfs", "exited")]), 0, "{}", agent.log());
+        let killed = Instant::now();
+        lxcfs.process.kill();
+        eventually_true("the exit is noticed", || agent.logged(&[("lxcfs", "exited")]) == 1);
+        // Well before the next periodic probe.
+        assert!(killed.elapsed() < Duration::from_secs(10), "{:?}", killed.elapsed());
+    });
+}
+
+#[test]
+fn incomplete_requests_do_not_stop_mounting() {
+    isolated(|| {
+        let (reader, pods) = (Reader::start(Duration::from_millis(50)), Pods::start());
+        let lxcfs = Lxcfs::start();
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = program("prlimit");
+        command.args(["--nofile=128:4096", env!("CARGO_BIN_EXE_kube-lxcfs"), "agent"]);
+        command.args(["--log-format", "json", "--listen", "127.0.0.1:0", "--node-name", "n1"]);
+        command.args(["--pid-from", "proc", "--lxcfs-path", lxcfs.path()]);
+        command.env("KUBECONFIG", pods.kubeconfig());
+        let agent = Running::start(&mut command, &dir.path().join("agent.log"));
+        ready(&agent);
+        let limits = fs::read_to_string(format!("/proc/{}/limits", agent.pid())).unwrap();
+        let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+        let address = http_address(&agent);
+        let half: Vec<TcpStream> = (0..300)
+            .map(|_| {
+                let mut stream = TcpStream::connect(&address).unwrap();
+                stream.write_all(b"GET /healthz HTTP/1.1\r\nHost:").unwrap();
+                stream
+            })
+            .collect();
+        eventually_true("a few connections stay", || {
+            fs::read_dir(format!("/proc/{}/fd", agent.pid())).unwrap().count() < 128
+        });
+        assert_eq!(get(&agent, "/healthz"), (200, "ok\n".into()));
+        pods.run("in", &reader.id, json!({"kube-lxcfs.io/inject": "true"}));
+        has_views("the reader", reader.pid(), ALWAYS.len());
+        assert_eq!(files.split_whitespace().nth(3), Some("4096"), "{files}");
+        drop(half);
+    });
+}
+
+/// The value is the one that was read: nothing changes on this machine even if the write succeeds.
+#[test]
+fn cpu_view_refuses_writes_from_a_user_namespace() {
+    isolated(|| {
+        let lxcfs = Supervised::start(&[]);
+        let args = [&["--user", "--map-root-user"], &OWN_NAMESPACES[..]].concat();
+        let target = Bare::with(&args);
+        let pid = target.pid.to_string();
+        succeeds(&["mount", "--pid", &pid, "--files", "cpu", "--lxcfs-path", lxcfs.path()]);
+        let script = "cd /sys/devices/system/cpu && mount -o remount,bind,rw . && cd . \
+                      && value=$(cat cpu0/power/control) && echo $value >cpu0/power/control \
+                      && echo written";
+        let entered = program("nsenter")
+            .args(["--target", &pid, "--user", "--mount", "--pid", "sh", "-c", script])
+            .output()
+            .unwrap();
+        let error = stderr(&entered);
+        assert!(!stdout(&entered).contains("written"), "the write reached the node");
+        assert!(error.contains("Read-only file system"), "{error}");
+        assert!(target.mountinfo().contains("/sys/devices/system/cpu rw,"), "it was remounted");
+    });
+}
+
+#[test]
+fn cpu_of_a_writable_lxcfs_is_skipped_with_a_reason() {
+    isolated(|| {
+        let (lxcfs, target) = (Lxcfs::start(), Bare::start());
+        let remount = program("mount").args(["-o", "remount,rw", lxcfs.path()]).output().unwrap();
+        assert!(remount.status.success(), "{}", stderr(&remount));
+        let pid = target.pid.to_string();
+        let output = succeeds(&["mount", "--pid", &pid, "--lxcfs-path", lxcfs.path()]);
+        assert!(output.contains("skipped cpu: lxcfs is writable"), "{output}");
+        assert_eq!(views(&target.mountinfo()).len(), ALWAYS.len() - 1);
+        let checks = stdout(&run(&["check", "--lxcfs-path", lxcfs.path()]));
+        assert!(checks.contains("without cpu, because lxcfs is writable"), "{checks}");
+    });
+}
