@@ -6,24 +6,26 @@ use std::collections::BTreeMap;
 use crate::{
     model::{
         pod::{Annotations, CONTAINERS_KEY, FILES_KEY, INJECT_KEY},
+        text::Quoted,
         view::{FileSet, UnknownViewFile},
     },
     plan::DesiredView,
 };
 
 /// An invalid value, reported in a Warning event on the pod. The message names the key, the value
-/// and the valid values.
+/// and the valid values. The value is escaped: it comes from a tenant.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidAnnotation {
-    #[error("invalid annotation {INJECT_KEY}: '{0}'; valid values: 'true', 'false'")]
+    #[error("invalid annotation {INJECT_KEY}: {}; valid values: 'true', 'false'", Quoted(.0))]
     Inject(String),
-    #[error("invalid namespace label {INJECT_KEY}: '{0}'; valid values: 'true', 'false'")]
+    #[error("invalid namespace label {INJECT_KEY}: {}; valid values: 'true', 'false'", Quoted(.0))]
     NamespaceLabel(String),
-    #[error("invalid annotation {FILES_KEY}: '{value}': {unknown}")]
+    #[error("invalid annotation {FILES_KEY}: {}: {unknown}", Quoted(.value))]
     Files { value: String, unknown: UnknownViewFile },
     #[error(
-        "invalid annotation {CONTAINERS_KEY}: '{value}': the pod has no container '{unknown}'; \
-         valid names: {}",
+        "invalid annotation {CONTAINERS_KEY}: {}: the pod has no container {}; valid names: {}",
+        Quoted(.value),
+        Quoted(.unknown),
         .valid.join(", ")
     )]
     Containers { value: String, unknown: String, valid: Vec<String> },
@@ -34,6 +36,29 @@ pub enum InvalidAnnotation {
 pub struct Decision {
     pub by_container: BTreeMap<String, DesiredView>,
     pub invalid: Vec<InvalidAnnotation>,
+    /// The containers without a view because they nest containers.
+    pub nesting: Vec<String>,
+}
+
+impl Decision {
+    /// Takes the view from containers that nest containers
+    /// ([`crate::model::pod::Container::nests_containers`]): it would break the builds in them. The
+    /// pod's own annotation requests it nevertheless; a namespace's label and the default do not.
+    pub fn skip_nesting<'a>(
+        &mut self,
+        annotations: &Annotations,
+        nesting: impl Iterator<Item = &'a str>,
+    ) {
+        if annotations.inject.is_some() {
+            return;
+        }
+        for name in nesting {
+            if let Some(desired @ DesiredView::Exactly(_)) = self.by_container.get_mut(name) {
+                *desired = DesiredView::Absent;
+                self.nesting.push(name.to_owned());
+            }
+        }
+    }
 }
 
 /// Decides for one pod. `namespace_label` is the value of [`INJECT_KEY`] on its namespace,
@@ -88,7 +113,7 @@ pub fn decide(
         _ => DesiredView::Absent,
     };
     let by_container = containers.iter().map(|c| ((*c).to_owned(), desired(c))).collect();
-    Decision { by_container, invalid }
+    Decision { by_container, invalid, nesting: Vec::new() }
 }
 
 fn parse_bool(value: &str) -> Option<bool> {
@@ -173,6 +198,44 @@ mod tests {
             let pod = decide(&a, None, false, &["a", "b"]);
             assert!(pod.by_container.values().all(|d| *d == DesiredView::Unmanaged), "{pod:?}");
             assert!(pod.invalid[0].to_string().contains(expected), "{}", pod.invalid[0]);
+        }
+    }
+
+    #[test]
+    fn message_of_a_hostile_value_is_one_short_line() {
+        let value =
+            format!("x'\n2026-01-01T00:00:00Z  WARN forged\u{1b}[2J{}", "y".repeat(1 << 18));
+        let a = annotations(Some(&value), Some(&value), Some(&value));
+        let invalid = decide(&a, Some(&value), false, &["a"]).invalid;
+        assert_eq!(invalid.len(), 3);
+        for message in invalid.iter().map(ToString::to_string) {
+            assert!(!message.contains(char::is_control) && message.len() < 1024, "{message}");
+            assert!(message.contains(r"'x\'\n2026"), "{message}");
+        }
+    }
+
+    #[test]
+    fn nesting_container_needs_the_annotation() {
+        let nesting = |inject, label, default| {
+            let a = annotations(inject, None, None);
+            let mut decision = decide(&a, label, default, &["a", "b"]);
+            let before = decision.by_container["a"];
+            decision.skip_nesting(&a, ["b"].into_iter());
+            assert_eq!(decision.by_container["a"], before);
+            (decision.by_container["b"], decision.nesting == ["b"])
+        };
+        let all = DesiredView::Exactly(FileSet::ALL);
+        for (inject, label, default, expected) in [
+            (None, None, true, (DesiredView::Absent, true)),
+            (None, Some("true"), false, (DesiredView::Absent, true)),
+            (Some("true"), None, false, (all, false)),
+            (Some("true"), Some("false"), true, (all, false)),
+            // Without it there is no view to skip.
+            (None, None, false, (DesiredView::Absent, false)),
+            (Some("false"), None, true, (DesiredView::Absent, false)),
+            (None, Some("rubbish"), true, (DesiredView::Unmanaged, false)),
+        ] {
+            assert_eq!(nesting(inject, label, default), expected, "{inject:?} {label:?} {default}");
         }
     }
 

@@ -1,6 +1,7 @@
 //! The node agent: one loop that owns the [`State`]. Its inputs are the sources, the completions of
 //! operations and the time. The state decides what to start; the plan decides what to mount.
 
+mod event_limiter;
 mod pod_events;
 mod reconciler;
 pub mod state;
@@ -17,6 +18,7 @@ use tokio::{
 };
 
 use self::{
+    event_limiter::{EventLimiter, Verdict},
     reconciler::Reconciler,
     state::{Completion, State},
 };
@@ -34,7 +36,7 @@ use crate::{
     sys::mountinfo::Dev,
     telemetry::{
         OutageLog,
-        events::Events,
+        events::{Events, PodEvent},
         metrics::{Metrics, OperationResult},
     },
 };
@@ -129,7 +131,10 @@ pub async fn run(dependencies: Dependencies, inputs: Inputs) -> std::io::Result<
             Some(change) = lxcfs_changes.recv() => agent.lxcfs_changed(change),
             Some(message) = rx.recv() => agent.handle(message),
             () = timer => {}
-            _ = resync.tick() => agent.state.resync(),
+            _ = resync.tick() => {
+                agent.state.resync();
+                agent.limiter.prune(Instant::now());
+            }
         }
     }
     tracing::info!("shutting down; views are left in place");
@@ -147,6 +152,7 @@ pub async fn run(dependencies: Dependencies, inputs: Inputs) -> std::io::Result<
 struct Agent {
     reconciler: Reconciler,
     events: Events,
+    limiter: EventLimiter,
     state: State,
     /// Counts the changes of the serving lxcfs: the result of an older search is ignored.
     generation: u64,
@@ -174,6 +180,7 @@ impl Agent {
         let mut agent = Agent {
             reconciler: Reconciler::new(workers, runtime, lxcfs, adopt, tx),
             events,
+            limiter: EventLimiter::default(),
             state,
             generation: 0,
             previous: Vec::new(),
@@ -190,11 +197,10 @@ impl Agent {
     /// Starts the operations that the state requests, and publishes its events and latencies.
     fn dispatch(&mut self) {
         for operation in self.state.poll_operations(Instant::now()) {
-            self.reconciler.spawn(operation, self.generation);
+            let blocks_start = self.blocked_starts.iter().any(|(id, _)| *id == operation.id);
+            self.reconciler.spawn(operation, self.generation, blocks_start);
         }
-        for (_, reply) in self.blocked_starts.extract_if(.., |(id, _)| !self.state.is_pending(id)) {
-            let _ = reply.send(());
-        }
+        self.release_starts();
         for (trigger, elapsed) in self.state.take_latencies() {
             tracing::debug!(?trigger, ?elapsed, "desired view injected");
             self.metrics.injected(trigger, elapsed);
@@ -204,7 +210,9 @@ impl Agent {
         {
             self.metrics.remount_pass_finished(started.elapsed());
         }
-        self.state.take_events().into_iter().for_each(|event| self.events.publish(event));
+        for event in self.state.take_events() {
+            self.publish(event);
+        }
         // An operation may have injected views of an exited lxcfs after its sweep.
         let unused: Vec<PreviousLxcfs> =
             self.previous.extract_if(.., |previous| previous.in_use.strong_count() == 0).collect();
@@ -212,6 +220,38 @@ impl Agent {
             .iter()
             .filter(|previous| previous.exited)
             .for_each(|previous| self.sweep(previous.dev));
+    }
+
+    /// Releases the starts whose operations have finished, and reports those that the plugin has
+    /// released before.
+    fn release_starts(&mut self) {
+        let released: Vec<(ContainerId, oneshot::Sender<()>)> = self
+            .blocked_starts
+            .extract_if(.., |(id, reply)| reply.is_closed() || !self.state.is_pending(id))
+            .collect();
+        for (id, reply) in released {
+            if reply.send(()).is_err() && self.state.start_timed_out(&id) {
+                self.metrics.start_was_late();
+            }
+        }
+    }
+
+    fn publish(&mut self, mut event: PodEvent) {
+        match self.limiter.admit(&event.pod.uid, Instant::now()) {
+            Verdict::Admitted { suppressed } => {
+                if suppressed > 0 {
+                    event.note = format!("after {suppressed} suppressed events: {}", event.note);
+                }
+                self.events.publish(event);
+            }
+            Verdict::Suppressed { first } => {
+                self.metrics.event_suppressed();
+                if first {
+                    let pod = format!("{}/{}", event.pod.namespace, event.pod.name);
+                    tracing::warn!(pod, "pod has too many events, the next ones are suppressed");
+                }
+            }
+        }
     }
 
     fn handle(&mut self, message: Message) {
@@ -293,9 +333,7 @@ impl Agent {
             Completion::Applied { done, .. } => (done.as_slice(), OperationResult::Success),
             Completion::Failed { done, .. } => (done.as_slice(), OperationResult::Failure),
             Completion::TimedOut { .. } => (&[][..], OperationResult::Failure),
-            Completion::NotRunning
-            | Completion::NoLxcfs { .. }
-            | Completion::Unsupported { .. } => return,
+            Completion::NotRunning | Completion::NoLxcfs | Completion::Unsupported { .. } => return,
         };
         let mut kinds: BTreeSet<OperationKind> = done.iter().map(|step| step.operation()).collect();
         if kinds.is_empty() && result == OperationResult::Failure {

@@ -1,10 +1,10 @@
 //! Collects the changes of a pod's containers into at most one event of each reason.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     model::{
-        pod::Pod,
+        pod::{INJECT_KEY, Pod},
         status::Operation,
         view::{FileSet, ViewFile},
     },
@@ -20,6 +20,8 @@ pub(super) struct PodReport {
     remounted: BTreeMap<String, FileSet>,
     skipped: BTreeMap<String, Vec<String>>,
     failed: BTreeMap<String, String>,
+    /// Started before their views were injected.
+    late: BTreeSet<String>,
     unsupported: BTreeMap<String, String>,
 }
 
@@ -43,6 +45,10 @@ impl PodReport {
         self.failed.insert(container.to_owned(), why);
     }
 
+    pub(super) fn add_late(&mut self, container: &str) {
+        self.late.insert(container.to_owned());
+    }
+
     pub(super) fn add_unsupported(&mut self, container: &str, why: String) {
         self.unsupported.insert(container.to_owned(), why);
     }
@@ -57,7 +63,7 @@ impl PodReport {
             format!("{verb} {}", each.collect::<Vec<_>>().join("; "))
         };
         let causes = |failures: &BTreeMap<String, String>| {
-            failures.iter().map(|(c, why)| format!("{c}: {why}")).collect::<Vec<_>>().join("; ")
+            failures.iter().map(|(c, why)| format!("{c}: {why}")).collect::<Vec<_>>()
         };
         let mut events = Vec::new();
         if !self.injected.is_empty() {
@@ -73,11 +79,17 @@ impl PodReport {
         if !self.removed.is_empty() {
             events.push((Reason::LxcfsRemoved, files("removed view files from", &self.removed)));
         }
-        if !self.failed.is_empty() {
-            events.push((Reason::LxcfsInjectFailed, causes(&self.failed)));
+        let mut failed = causes(&self.failed);
+        failed.extend(self.late.iter().map(|c| {
+            format!(
+                "{c}: started before its view was injected, and may have read the node's values"
+            )
+        }));
+        if !failed.is_empty() {
+            events.push((Reason::LxcfsInjectFailed, failed.join("; ")));
         }
         if !self.unsupported.is_empty() {
-            events.push((Reason::LxcfsUnsupportedRuntime, causes(&self.unsupported)));
+            events.push((Reason::LxcfsUnsupportedRuntime, causes(&self.unsupported).join("; ")));
         }
         let pod = reference(pod);
         events.into_iter().map(move |(reason, note)| PodEvent { pod: pod.clone(), reason, note })
@@ -86,6 +98,17 @@ impl PodReport {
 
 pub(super) fn describe_skipped((file, why): &(ViewFile, SkipReason)) -> String {
     format!("{file} ({why})")
+}
+
+/// Reports the containers without a view because they nest containers.
+pub(super) fn nesting(pod: &Pod, containers: &[String]) -> PodEvent {
+    let note = format!(
+        "{}: no view was injected, because it would prevent mounts of procfs in containers inside \
+         (procMount: Unmasked, hostUsers: false); to inject it nevertheless, annotate the pod with \
+         {INJECT_KEY}: \"true\"",
+        containers.join(", ")
+    );
+    PodEvent { pod: reference(pod), reason: Reason::LxcfsInjectFailed, note }
 }
 
 pub(super) fn reference(pod: &Pod) -> PodRef {

@@ -29,6 +29,8 @@ pub(super) struct Reconciler {
     lxcfs: SharedLxcfs,
     adopt: bool,
     permits: Arc<Semaphore>,
+    /// For operations that block a start: they do not wait for those that do not.
+    start_permits: Arc<Semaphore>,
     tx: mpsc::Sender<Message>,
 }
 
@@ -46,13 +48,17 @@ impl Reconciler {
             lxcfs,
             adopt,
             permits: Arc::new(Semaphore::new(MAX_CONCURRENT)),
+            start_permits: Arc::new(Semaphore::new(MAX_CONCURRENT)),
             tx,
         }
     }
 
-    /// Reconciles one container. `generation` is that of the loop's knowledge of lxcfs.
-    pub(super) fn spawn(&self, operation: Operation, generation: u64) {
-        let Reconciler { workers, runtime, lxcfs, adopt, permits, tx } = self.clone();
+    /// Reconciles one container. `generation` is that of the loop's knowledge of lxcfs. The runtime
+    /// waits for an operation that blocks a start.
+    pub(super) fn spawn(&self, operation: Operation, generation: u64, blocks_start: bool) {
+        let Reconciler { workers, runtime, lxcfs, adopt, permits, start_permits, tx } =
+            self.clone();
+        let permits = if blocks_start { start_permits } else { permits };
         tokio::spawn(async move {
             let Operation { id, desired, name, pid, with_lxcfs } = operation;
             let started = Instant::now();
@@ -70,9 +76,8 @@ impl Reconciler {
                 }
                 match lxcfs {
                     Ok(lxcfs) => Some(lxcfs),
-                    Err(e) => {
-                        let completion = Completion::NoLxcfs { why: e.to_string() };
-                        let _ = finished(completion, started.elapsed()).await;
+                    Err(_) => {
+                        let _ = finished(Completion::NoLxcfs, started.elapsed()).await;
                         return;
                     }
                 }
@@ -87,7 +92,7 @@ impl Reconciler {
                 Ok(process) => match mount::reconcile(&workers, process, task).await {
                     Ok(reconciled) => (reconciled.into(), None),
                     Err(JobTimeout { error, result }) => {
-                        (Completion::TimedOut { why: error.to_string() }, Some(result))
+                        (Completion::TimedOut { why: for_owner(&error) }, Some(result))
                     }
                 },
             };
@@ -101,7 +106,7 @@ impl Reconciler {
                     Ok(reconciled) => complete_late(reconciled),
                     Err(_) => Completion::Failed {
                         done: Vec::new(),
-                        why: WorkError::Panicked.to_string(),
+                        why: for_owner(&WorkError::Panicked),
                     },
                 },
                 // It was not started, or it panicked.
@@ -183,6 +188,15 @@ impl From<Result<Outcome, mount::Error>> for Completion {
             }
             Err(e) => Completion::Failed { why: e.to_string(), done: e.into_outcome().done },
         }
+    }
+}
+
+/// Describes the error for the pod's owner, who cannot follow advice about the node.
+fn for_owner(error: &WorkError) -> String {
+    match error {
+        WorkError::TimedOut(_) => error.to_string(),
+        WorkError::TooManyHung(_) => "too many operations hang on this node".to_owned(),
+        WorkError::Panicked => "internal error of the agent".to_owned(),
     }
 }
 

@@ -47,6 +47,8 @@ struct Unconfirmed {
 struct PodState {
     pod: Pod,
     invalid: Vec<InvalidAnnotation>,
+    /// As in [`policy::Decision`].
+    nesting: Vec<String>,
     report: PodReport,
     /// Otherwise only the runtime reported it, as it was when its sandbox was created.
     seen_by_watch: bool,
@@ -76,6 +78,8 @@ pub struct State {
     containers: HashMap<ContainerId, Container>,
     unconfirmed: HashMap<ContainerId, Unconfirmed>,
     lxcfs: LxcfsState,
+    /// The first and the last failed search of an outage; `None` once lxcfs is found.
+    missing: Option<(Instant, Instant)>,
     /// Sweeps in progress. A sweep selects by device number, and a new lxcfs may have that of the
     /// exited one, so nothing is injected during a sweep.
     sweeps: usize,
@@ -94,6 +98,7 @@ impl State {
             containers: HashMap::new(),
             unconfirmed: HashMap::new(),
             lxcfs: LxcfsState::Available,
+            missing: None,
             sweeps: 0,
             events: Vec::new(),
             latencies: Vec::new(),
@@ -224,7 +229,8 @@ impl State {
 
     /// Decides about the containers of a pod.
     fn update_desired(&mut self, uid: &str, now: Instant) {
-        let Some(PodState { pod, invalid, seen_by_watch, .. }) = self.pods.get_mut(uid) else {
+        let Some(PodState { pod, invalid, nesting, seen_by_watch, .. }) = self.pods.get_mut(uid)
+        else {
             return;
         };
         // The runtime knows the annotations at the pod's creation: if they decide, no list is
@@ -247,8 +253,10 @@ impl State {
         names.sort_unstable();
         names.dedup();
         let label = self.namespace_labels.get(&pod.namespace).map(String::as_str);
-        let decision =
+        let mut decision =
             policy::decide(&pod.annotations, label, self.config.inject_by_default, &names);
+        let nests = pod.containers.iter().filter(|c| c.nests_containers);
+        decision.skip_nesting(&pod.annotations, nests.map(|c| c.name.as_str()));
         if *seen_by_watch && *invalid != decision.invalid {
             if !decision.invalid.is_empty() {
                 let note =
@@ -257,6 +265,12 @@ impl State {
                 self.events.push(PodEvent { pod, reason: Reason::LxcfsInvalidAnnotation, note });
             }
             *invalid = decision.invalid;
+        }
+        if *nesting != decision.nesting {
+            if !decision.nesting.is_empty() {
+                self.events.push(pod_events::nesting(pod, &decision.nesting));
+            }
+            *nesting = decision.nesting;
         }
         let running: HashSet<&ContainerId> = containers.iter().filter_map(|(_, id)| *id).collect();
         self.containers
@@ -344,9 +358,23 @@ impl State {
         })
     }
 
+    /// A blocked start of the container was released before its operation had finished. Returns
+    /// whether a view is desired: the container may have read the node's values. A missing lxcfs
+    /// releases starts too, which [`State::lxcfs_searched`] reports.
+    pub fn start_timed_out(&mut self, id: &ContainerId) -> bool {
+        let Some(c) = self.containers.get(id) else { return false };
+        let Some(pod) = self.pods.get_mut(&c.pod) else { return false };
+        let late = c.needs_lxcfs() && self.lxcfs == LxcfsState::Available;
+        if late {
+            pod.report.add_late(&c.name);
+            self.flush_reports();
+        }
+        late
+    }
+
     /// Takes the completion of an operation.
     pub fn completed(&mut self, id: &ContainerId, completion: Completion, now: Instant) {
-        let report_lxcfs = self.reports_missing_lxcfs();
+        let report_lxcfs = self.reports_missing_lxcfs(now);
         let Some(c) = self.containers.get_mut(id) else { return };
         let Some(in_flight) = c.in_flight else { return };
         let Some(pod) = self.pods.get_mut(&c.pod) else {
@@ -435,7 +463,8 @@ impl State {
 
 impl PodState {
     fn new(pod: Pod, seen_by_watch: bool) -> PodState {
-        PodState { invalid: Vec::new(), report: PodReport::default(), pod, seen_by_watch }
+        let report = PodReport::default();
+        PodState { pod, invalid: Vec::new(), nesting: Vec::new(), report, seen_by_watch }
     }
 }
 

@@ -4,4 +4,5 @@
 pub mod container_id;
 pub mod pod;
 pub mod status;
+pub mod text;
 pub mod view;

@@ -52,6 +52,11 @@ pub struct Container {
     pub name: String,
     /// Set while it runs.
     pub id: Option<ContainerId>,
+    /// It may mount procfs in a nested user namespace, to build or run containers inside:
+    /// `procMount: Unmasked` in a pod with `hostUsers: false`. The kernel refuses that mount while
+    /// a view covers files of its `/proc` (`mount_too_revealing` in fs/namespace.c). False where
+    /// the source does not report it.
+    pub nests_containers: bool,
 }
 
 /// A namespace that carries the label [`INJECT_KEY`].

@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::{Serialize, Serializer, ser::SerializeSeq};
 
+use super::text::Quoted;
+
 /// One file (or, for [`ViewFile::Cpu`], one directory) that lxcfs can answer from the reader's
 /// cgroup.
 ///
@@ -128,7 +130,7 @@ impl Serialize for ViewFile {
 
 /// A name that no view file has.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown view file '{0}'; valid names: {valid}", valid = valid_names())]
+#[error("unknown view file {}; valid names: {}", Quoted(.0), valid_names())]
 pub struct UnknownViewFile(pub String);
 
 /// The names that users may write, for messages.

@@ -25,6 +25,10 @@ use crate::{
 
 /// The interval between lists of the pod sandboxes.
 const LIST_INTERVAL: Duration = Duration::from_secs(30);
+/// The delays before the first repeated lists: 1, 3 and 10 s after the first. A subscription to
+/// events becomes live at an unknown moment, and a container may start before it.
+const EARLY_LISTS: [Duration; 3] =
+    [Duration::from_secs(1), Duration::from_secs(2), Duration::from_secs(7)];
 /// The delay before the next list after a failure.
 const LIST_RETRY: Backoff = Backoff::new(Duration::from_secs(1), LIST_INTERVAL);
 /// The delay before events are requested again.
@@ -34,6 +38,7 @@ const EVENTS_RETRY: Backoff = Backoff::new(Duration::from_millis(100), Duration:
 pub async fn watch(cri: CriClient, updates: Sender<Update>) {
     let mut outage = OutageLog::new("pods");
     let mut delays = LIST_RETRY.start();
+    let mut intervals = list_intervals();
     loop {
         match list_pods(&cri).await {
             Ok(pods) => {
@@ -42,14 +47,21 @@ pub async fn watch(cri: CriClient, updates: Sender<Update>) {
                 if updates.send(Update::PodsReplaced(pods)).await.is_err() {
                     return;
                 }
-                tokio::time::sleep(LIST_INTERVAL).await;
+                tokio::time::sleep(intervals.next().unwrap_or(LIST_INTERVAL)).await;
             }
             Err(e) => {
                 outage.failed("failed to list pods from the runtime", &e);
+                // The events were interrupted too.
+                intervals = list_intervals();
                 tokio::time::sleep(delays.next_delay()).await;
             }
         }
     }
+}
+
+/// The delays between lists: [`EARLY_LISTS`], then [`LIST_INTERVAL`].
+fn list_intervals() -> impl Iterator<Item = Duration> {
+    EARLY_LISTS.into_iter().chain(std::iter::repeat(LIST_INTERVAL))
 }
 
 /// The pods of all ready sandboxes with their running containers.
@@ -62,10 +74,11 @@ pub async fn list_pods(cri: &CriClient) -> Result<Vec<Pod>, Error> {
     for container in cri.list_running().await? {
         let Ok(id) = ContainerId::new(&container.id) else { continue };
         let name = container.metadata.map(|m| m.name).unwrap_or_default();
-        containers
-            .entry(container.pod_sandbox_id)
-            .or_default()
-            .push(Container { name, id: Some(id) });
+        containers.entry(container.pod_sandbox_id).or_default().push(Container {
+            name,
+            id: Some(id),
+            nests_containers: false,
+        });
     }
     let with_containers = |(id, pod): (String, Pod)| Pod {
         containers: containers.remove(&id).unwrap_or_default(),
@@ -109,19 +122,21 @@ pub async fn watch_events(cri: CriClient, updates: Sender<Update>) {
 /// Forwards one stream of events to its end.
 async fn forward_events(cri: &CriClient, updates: &Sender<Update>) -> Result<NextEvent, Error> {
     let mut stream = cri.events().await?;
-    // Containers that started while no stream was open. Listed beside the stream, so that none
-    // falls between the two.
+    // Containers that started while no stream was open. Listed beside the stream, and again until
+    // the subscription is live on a loaded node too: no response confirms it.
     let missed = async {
-        tokio::time::sleep(EVENTS_RETRY.first).await;
-        let requested_at = Instant::now();
-        match list_started(cri).await {
-            Ok(containers) => {
-                let trigger = Trigger::Cri;
-                let _ = updates
-                    .send(Update::ContainersListed { containers, trigger, requested_at })
-                    .await;
+        for delay in [EVENTS_RETRY.first].into_iter().chain(EARLY_LISTS) {
+            tokio::time::sleep(delay).await;
+            let requested_at = Instant::now();
+            match list_started(cri).await {
+                Ok(containers) => {
+                    let trigger = Trigger::Cri;
+                    let _ = updates
+                        .send(Update::ContainersListed { containers, trigger, requested_at })
+                        .await;
+                }
+                Err(e) => tracing::debug!(cause = %e, "failed to list containers"),
             }
-            Err(e) => tracing::debug!(cause = %e, "failed to list containers"),
         }
     };
     let events = async {
@@ -205,4 +220,22 @@ fn update(event: ContainerEventResponse) -> Option<Update> {
         StartedContainer { pod, name: status.metadata?.name, id, pid: None },
         Trigger::Cri,
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn early_lists_come_after_1_3_and_10_seconds() {
+        let mut at = 0;
+        let times: Vec<u64> = list_intervals()
+            .take(5)
+            .map(|delay| {
+                at += delay.as_secs();
+                at
+            })
+            .collect();
+        assert_eq!(times, [1, 3, 10, 40, 70]);
+    }
 }

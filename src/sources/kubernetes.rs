@@ -169,6 +169,7 @@ impl From<FullMeta> for SlimMeta {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct SlimSpec {
+    host_users: Option<bool>,
     #[serde(default)]
     init_containers: Vec<SlimContainer>,
     #[serde(default)]
@@ -178,8 +179,23 @@ struct SlimSpec {
 }
 
 #[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
 struct SlimContainer {
     name: String,
+    security_context: Option<SlimSecurityContext>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct SlimSecurityContext {
+    proc_mount: Option<String>,
+}
+
+impl SlimContainer {
+    fn has_unmasked_proc(&self) -> bool {
+        let context = self.security_context.as_ref();
+        context.and_then(|context| context.proc_mount.as_deref()) == Some("Unmasked")
+    }
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -245,9 +261,14 @@ fn into_pod(pod: SlimPod) -> Pod {
             Some((status.name, ContainerId::from_url(&status.container_id?).ok()?))
         })
         .collect();
-    let SlimSpec { init_containers, containers, ephemeral_containers } = pod.spec;
+    let SlimSpec { host_users, init_containers, containers, ephemeral_containers } = pod.spec;
     let all = init_containers.into_iter().chain(containers).chain(ephemeral_containers);
-    let container = |c: SlimContainer| Container { id: running.remove(&c.name), name: c.name };
+    let has_user_namespace = host_users == Some(false);
+    let container = |c: SlimContainer| Container {
+        id: running.remove(&c.name),
+        nests_containers: has_user_namespace && c.has_unmasked_proc(),
+        name: c.name,
+    };
     let containers = all.map(container).collect();
     let SlimMeta { kube, annotations } = pod.metadata;
     Pod {
@@ -317,6 +338,39 @@ mod tests {
             )
             .unwrap(),
         );
-        assert_eq!(pod.containers, [Container { name: "a".into(), id: None }]);
+        let container = Container { name: "a".into(), id: None, nests_containers: false };
+        assert_eq!(pod.containers, [container]);
+    }
+
+    /// A pod that builds images without privileges, as a 1.33 API server returns it.
+    const BUILDER: &str = r#"{
+        "metadata": {"name": "ci", "namespace": "shop", "uid": "u-2", "resourceVersion": "43"},
+        "spec": {"hostUsers": false, "nodeName": "n",
+            "securityContext": {"runAsUser": 1000},
+            "initContainers": [{"name": "clone", "image": "x", "securityContext": {}}],
+            "containers": [
+                {"name": "build", "image": "x", "securityContext": {
+                    "allowPrivilegeEscalation": true, "procMount": "Unmasked",
+                    "seccompProfile": {"type": "Unconfined"}}},
+                {"name": "push", "image": "x", "securityContext": {"procMount": "Default"}},
+                {"name": "log", "image": "x", "securityContext": null}]},
+        "status": {}
+    }"#;
+
+    #[test]
+    fn unmasked_proc_in_user_namespace_nests_containers() {
+        let nesting = |text: &str| {
+            let pod = into_pod(serde_json::from_str(text).unwrap());
+            let nesting = pod.containers.into_iter().filter(|c| c.nests_containers);
+            nesting.map(|c| c.name).collect::<Vec<_>>()
+        };
+        assert_eq!(nesting(BUILDER), ["build"]);
+        // In the host's user namespace, or with the runtime's masked paths.
+        assert!(
+            nesting(&BUILDER.replace(r#""hostUsers": false"#, r#""hostUsers": true"#)).is_empty()
+        );
+        assert!(nesting(&BUILDER.replace(r#""hostUsers": false, "#, "")).is_empty());
+        assert!(nesting(&BUILDER.replace("Unmasked", "Default")).is_empty());
+        assert!(nesting(POD).is_empty());
     }
 }

@@ -11,6 +11,7 @@ use kube::{
 use tokio::sync::mpsc;
 
 use super::{Backoff, OutageLog};
+use crate::model::text::one_line;
 
 /// The pod that an event is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -105,7 +106,9 @@ impl Events {
     }
 
     /// Reports an event. Never blocks.
-    pub fn publish(&self, event: PodEvent) {
+    pub fn publish(&self, mut event: PodEvent) {
+        // Notes quote annotations and errors.
+        event.note = one_line(&event.note).into_owned();
         let PodEvent { pod, reason, note } = &event;
         let pod = format!("{}/{}", pod.namespace, pod.name);
         if reason.is_warning() {
@@ -191,6 +194,15 @@ async fn publish_with_retries(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn note_is_published_on_one_line() {
+        let (sender, mut queue) = mpsc::channel(1);
+        let pod = PodRef { uid: "u".into(), namespace: "n".into(), name: "p".into() };
+        let note = "a\nb\u{1b}[2J".into();
+        Events(Some(sender)).publish(PodEvent { pod, reason: Reason::LxcfsInjected, note });
+        assert_eq!(queue.try_recv().unwrap().note, r"a\nb\u{1b}[2J");
+    }
 
     #[test]
     fn action_says_what_was_done() {

@@ -81,6 +81,8 @@ pub struct Metrics {
     operations: Family<OperationLabels, Counter>,
     durations: Family<OperationLabel, Histogram, fn() -> Histogram>,
     latencies: Family<TriggerLabel, Histogram, fn() -> Histogram>,
+    late_starts: Counter,
+    events_suppressed: Counter,
     lxcfs_up: Gauge,
     lxcfs_restarts: Counter,
     remount_pass: Gauge<f64, std::sync::atomic::AtomicU64>,
@@ -94,6 +96,8 @@ impl Default for Metrics {
             operations: Family::default(),
             durations: Family::new_with_constructor(seconds),
             latencies: Family::new_with_constructor(seconds),
+            late_starts: Counter::default(),
+            events_suppressed: Counter::default(),
             lxcfs_up: Gauge::default(),
             lxcfs_restarts: Counter::default(),
             remount_pass: Gauge::default(),
@@ -121,6 +125,16 @@ impl Default for Metrics {
             "Time from the first trigger until the view is mounted, in seconds",
             Unit::Seconds,
             metrics.latencies.clone(),
+        );
+        registry.register(
+            "late_starts",
+            "Containers that started before their view was injected, though NRI announced them",
+            metrics.late_starts.clone(),
+        );
+        registry.register(
+            "events_suppressed",
+            "Events that were not created because their pod has too many",
+            metrics.events_suppressed.clone(),
         );
         registry.register("lxcfs_up", "1 while lxcfs serves, else 0", metrics.lxcfs_up.clone());
         registry.register(
@@ -170,6 +184,14 @@ impl Metrics {
             .observe(elapsed.as_secs_f64());
     }
 
+    pub fn start_was_late(&self) {
+        self.late_starts.inc();
+    }
+
+    pub fn event_suppressed(&self) {
+        self.events_suppressed.inc();
+    }
+
     pub fn set_lxcfs_up(&self, up: bool) {
         self.lxcfs_up.set(i64::from(up));
     }
@@ -205,6 +227,8 @@ mod tests {
             Duration::from_millis(2),
         );
         metrics.injected(Trigger::Nri, Duration::from_millis(3));
+        metrics.start_was_late();
+        metrics.event_suppressed();
         metrics.set_lxcfs_up(true);
         metrics.lxcfs_restarted();
         metrics.remount_pass_finished(Duration::from_millis(250));
@@ -215,6 +239,8 @@ mod tests {
             "kube_lxcfs_operations_total{operation=\"inject\",result=\"success\"} 1",
             "kube_lxcfs_operation_duration_seconds_count{operation=\"inject\"} 1",
             "kube_lxcfs_injection_latency_seconds_count{trigger=\"nri\"} 1",
+            "kube_lxcfs_late_starts_total 1",
+            "kube_lxcfs_events_suppressed_total 1",
             "kube_lxcfs_lxcfs_up 1",
             "kube_lxcfs_lxcfs_restarts_total 1",
             "kube_lxcfs_remount_pass_duration_seconds 0.25",

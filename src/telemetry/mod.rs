@@ -6,11 +6,13 @@ pub mod metrics;
 use std::{
     fmt::Display,
     hash::{BuildHasher, RandomState},
-    io::IsTerminal,
+    io::{self, Write},
     time::Duration,
 };
 
 use tracing_subscriber::EnvFilter;
+
+use crate::model::text::one_line;
 
 /// The format of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -29,13 +31,31 @@ const DEFAULT_LOG_FILTER: &str = "info,kube_runtime=error,kube_client=error";
 /// Panics if called twice.
 pub fn init(format: LogFormat) {
     let (filter, invalid) = log_filter(std::env::var_os("RUST_LOG"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
     match format {
-        LogFormat::Text => log.with_ansi(std::io::stderr().is_terminal()).init(),
-        LogFormat::Json => log.json().flatten_event(true).init(),
+        LogFormat::Text => log.with_ansi(false).with_writer(|| OneLine(io::stderr())).init(),
+        LogFormat::Json => log.with_writer(io::stderr).json().flatten_event(true).init(),
     }
     if let Some(cause) = invalid {
         tracing::warn!(cause, "ignoring an invalid RUST_LOG, using '{DEFAULT_LOG_FILTER}'");
+    }
+}
+
+/// Writes each event of the text log as one line: a line break in a tenant's value forges no second
+/// one.
+struct OneLine<W>(W);
+
+impl<W: Write> Write for OneLine<W> {
+    /// Takes one event, which ends in a line break.
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        let text = String::from_utf8_lossy(event);
+        let line = one_line(text.strip_suffix('\n').unwrap_or(&text));
+        self.0.write_all(format!("{line}\n").as_bytes())?;
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
     }
 }
 
@@ -151,6 +171,37 @@ mod tests {
         }
         delays.reset();
         assert!(delays.next_delay() <= Duration::from_secs(1));
+    }
+
+    #[derive(Clone, Default)]
+    struct Buffer(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+
+    impl Write for Buffer {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn text_log_has_one_line_per_event() {
+        let (buffer, hostile) =
+            (Buffer::default(), "x\n2026-01-01T00:00:00Z  WARN forged\u{1b}[2J");
+        let writer = buffer.clone();
+        let log = tracing_subscriber::fmt()
+            .with_ansi(false)
+            .with_writer(move || OneLine(writer.clone()))
+            .finish();
+        tracing::subscriber::with_default(log, || {
+            tracing::warn!(text = hostile, display = %hostile, debug = ?hostile, "{hostile}");
+            tracing::warn!("second");
+        });
+        let text = String::from_utf8(buffer.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(text.lines().count(), 2, "{text}");
+        assert!(text.lines().all(|line| !line.contains(char::is_control)), "{text}");
     }
 
     #[test]

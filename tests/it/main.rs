@@ -15,6 +15,7 @@ mod harness;
 mod hook;
 mod hostile_lxcfs;
 mod hostile_mounts;
+mod hostile_pods;
 mod http;
 mod isolation;
 mod kubernetes;

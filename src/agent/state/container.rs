@@ -14,6 +14,9 @@ use crate::{
     plan::{DesiredView, Step},
 };
 
+/// For the pod's owner. The cause, with advice for the node's administrator, is in the log.
+const NO_LXCFS: &str = "no lxcfs serves on this node; the view is injected as soon as one does";
+
 #[derive(Debug)]
 pub(super) struct Container {
     /// The uid of its pod.
@@ -128,7 +131,10 @@ impl Container {
             }
             Completion::Failed { done, why } => {
                 report.add_steps(&self.name, &done);
-                self.report_error(why, |c, why| report.add_failed(c, why));
+                // Outdated facts may be the cause, for example an lxcfs that exited meanwhile.
+                if !dirty {
+                    self.report_error(why, |c, why| report.add_failed(c, why));
+                }
                 self.schedule_retry(now);
             }
             Completion::TimedOut { why } => {
@@ -136,9 +142,9 @@ impl Container {
                 return None;
             }
             Completion::NotRunning => self.schedule_retry(now),
-            Completion::NoLxcfs { why } => {
+            Completion::NoLxcfs => {
                 if report_lxcfs && self.needs_lxcfs() && !dirty {
-                    self.report_error(why, |c, why| report.add_failed(c, why));
+                    self.report_error(NO_LXCFS.to_owned(), |c, why| report.add_failed(c, why));
                 }
                 self.applied = None;
             }

@@ -9,6 +9,10 @@ use crate::{plan::DesiredView, telemetry::Backoff};
 pub(super) const LXCFS_RETRY: Backoff =
     Backoff::new(Duration::from_secs(1), Duration::from_secs(30));
 
+/// How long lxcfs may be missing before pods get an Event: it may be restarting, which needs no
+/// attention of a pod's owner.
+pub(super) const REPORT_AFTER: Duration = Duration::from_secs(30);
+
 /// The state of the serving lxcfs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LxcfsState {
@@ -37,8 +41,15 @@ impl State {
             LxcfsState::Absent { failures, .. } => failures,
         };
         self.lxcfs = if found {
+            self.missing = None;
             LxcfsState::Available
         } else {
+            // While a view waits for lxcfs, searches come more often than this. A failure after a
+            // longer pause is another outage: nothing has searched since the end of the first.
+            let same_outage =
+                |(_, last): &(Instant, Instant)| now < *last + 2 * LXCFS_RETRY.longest;
+            let since = self.missing.filter(same_outage).map_or(now, |(since, _)| since);
+            self.missing = Some((since, now));
             let retry_at = now + LXCFS_RETRY.delay(failures);
             LxcfsState::Absent { failures: failures + 1, retry_at }
         };
@@ -54,14 +65,13 @@ impl State {
         due && self.sweeps == 0
     }
 
-    /// Whether a missing lxcfs is reported on pods. One failed search is a restart of lxcfs, which
-    /// needs no event on every pod that starts in between.
-    pub(super) fn reports_missing_lxcfs(&self) -> bool {
-        matches!(self.lxcfs, LxcfsState::Absent { failures: 2.., .. })
+    /// Whether a missing lxcfs is reported on pods at `now`: not while it may be restarting.
+    pub(super) fn reports_missing_lxcfs(&self, now: Instant) -> bool {
+        self.missing.is_some_and(|(since, _)| now >= since + REPORT_AFTER)
     }
 
     /// The serving lxcfs changed: what was known of it is outdated, and every view is reconciled
-    /// again.
+    /// again. It is still missing until a search finds it, and an exit starts no new grace period.
     pub fn lxcfs_changed(&mut self) {
         self.lxcfs = LxcfsState::Available;
         let has_view = |desired: Option<DesiredView>| {

@@ -28,7 +28,7 @@ pub enum Completion {
     /// The operation missed its deadline. It stays in flight until its real completion.
     TimedOut { why: String },
     /// No lxcfs serves: nothing was changed. A search for lxcfs follows.
-    NoLxcfs { why: String },
+    NoLxcfs,
     /// The container does not run (any more, or yet), or the runtime does not respond. A retry
     /// follows, without an event.
     NotRunning,

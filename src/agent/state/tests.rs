@@ -3,7 +3,10 @@
 
 use proptest::{collection::vec, prelude::*};
 
-use super::{lxcfs::LXCFS_RETRY, *};
+use super::{
+    lxcfs::{LXCFS_RETRY, REPORT_AFTER},
+    *,
+};
 use crate::{
     model::{
         pod::{self, Annotations, Namespace},
@@ -20,10 +23,11 @@ fn id(n: u32) -> ContainerId {
 }
 
 fn pod(uid: &str, inject: Option<&str>, ids: [Option<u32>; 2]) -> Pod {
-    let containers = NAMES
-        .iter()
-        .zip(ids)
-        .map(|(name, n)| pod::Container { name: (*name).into(), id: n.map(id) });
+    let containers = NAMES.iter().zip(ids).map(|(name, n)| pod::Container {
+        name: (*name).into(),
+        id: n.map(id),
+        nests_containers: false,
+    });
     Pod {
         uid: uid.into(),
         namespace: "ns".into(),
@@ -85,10 +89,6 @@ fn last_desired_view_wins_with_one_event_per_reason() {
     assert_eq!(state.poll_timeout(), None);
 }
 
-fn no_lxcfs() -> Completion {
-    Completion::NoLxcfs { why: "absent".into() }
-}
-
 #[test]
 fn opt_outs_proceed_without_lxcfs() {
     let now = Instant::now();
@@ -102,7 +102,7 @@ fn opt_outs_proceed_without_lxcfs() {
     state.sweep_finished();
     assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
     assert!(state.lxcfs_searched(false, now), "the first failure");
-    state.completed(&id(1), no_lxcfs(), now);
+    state.completed(&id(1), Completion::NoLxcfs, now);
     assert_eq!(state.poll_operations(now), []);
     assert_eq!(state.poll_timeout(), Some(now + LXCFS_RETRY.first));
     // A failed operation that is due waits for lxcfs too, and does not make the loop spin.
@@ -116,25 +116,31 @@ fn opt_outs_proceed_without_lxcfs() {
 }
 
 #[test]
-fn missing_lxcfs_is_reported_at_the_second_failure() {
-    let mut now = Instant::now();
+fn missing_lxcfs_is_reported_once_after_30_seconds() {
+    let started = Instant::now();
+    let mut now = started;
     let mut state = listed(vec![
         pod("p", Some("true"), [Some(1), Some(2)]),
         pod("out", Some("false"), [Some(3), None]),
     ]);
     assert_eq!(ids(&state.poll_operations(now)), ["id1", "id2", "id3"]);
     state.completed(&id(3), done([]), now);
-    for (failure, events) in [(1, 0), (2, 1), (3, 0)] {
+    let mut reported = Vec::new();
+    for failure in 1..10 {
         // One operation searches, the other shares the result.
         assert_eq!(state.lxcfs_searched(false, now), failure == 1);
         assert!(!state.is_pending(&id(1)), "no start waits for an absent lxcfs");
         for n in [1, 2] {
-            state.completed(&id(n), no_lxcfs(), now);
+            state.completed(&id(n), Completion::NoLxcfs, now);
         }
-        assert_eq!(state.take_events().len(), events, "failure {failure}");
+        reported.extend(state.take_events().into_iter().map(|e| (now - started, e.note)));
         now = state.poll_timeout().unwrap();
         assert_eq!(ids(&state.poll_operations(now)), ["id1", "id2"]);
     }
+    let [(after, note)] = &reported[..] else { panic!("{reported:?}") };
+    assert!((REPORT_AFTER..REPORT_AFTER * 2).contains(after), "{after:?}");
+    // The pod's owner cannot start lxcfs.
+    assert!(note.starts_with("a: no lxcfs serves on this node") && !note.contains("--"), "{note}");
     assert!(!state.lxcfs_searched(true, now));
     for n in [1, 2] {
         state.completed(&id(n), done([Step::Inject(ViewFile::Meminfo)]), now);
@@ -144,14 +150,94 @@ fn missing_lxcfs_is_reported_at_the_second_failure() {
 }
 
 #[test]
+fn restart_of_lxcfs_creates_no_warning() {
+    let started = Instant::now();
+    let mut now = started;
+    let mut state = listed(vec![pod("p", Some("true"), [Some(1), None])]);
+    // It exits, is unmounted, and serves again after 25 s. Each restart has its own 30 s.
+    for _ in 0..3 {
+        state.lxcfs_changed();
+        let serves_at = now + Duration::from_secs(25);
+        while now < serves_at {
+            assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
+            state.lxcfs_searched(false, now);
+            state.completed(&id(1), Completion::NoLxcfs, now);
+            now = state.poll_timeout().unwrap().min(serves_at);
+        }
+        state.lxcfs_changed();
+        assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
+        state.lxcfs_searched(true, now);
+        state.completed(
+            &id(1),
+            done([Step::Remount { file: ViewFile::Meminfo, mount: MountId(7) }]),
+            now,
+        );
+    }
+    assert!(state.take_events().iter().all(|e| e.reason == Reason::LxcfsRemounted));
+    // An lxcfs that is mounted but never serves is missing from its first failed search on.
+    for _ in 0..40 {
+        state.lxcfs_changed();
+        assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
+        state.lxcfs_searched(false, now);
+        state.completed(&id(1), Completion::NoLxcfs, now);
+        now += Duration::from_secs(1);
+    }
+    let reasons: Vec<Reason> = state.take_events().iter().map(|e| e.reason).collect();
+    assert_eq!(reasons, [Reason::LxcfsInjectFailed]);
+}
+
+#[test]
 fn outdated_missing_lxcfs_is_no_outage() {
     let now = Instant::now();
     let mut state = listed(vec![pod("p", Some("true"), [Some(1), None])]);
     assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
     state.lxcfs_changed();
-    state.completed(&id(1), no_lxcfs(), now);
+    state.completed(&id(1), Completion::NoLxcfs, now);
     assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
     assert!(state.is_pending(&id(1)));
+    // It exits while view files are mounted from it: the failure of the next operation counts.
+    let failed = || Completion::Failed { done: Vec::new(), why: "ENOTCONN".into() };
+    state.lxcfs_changed();
+    state.completed(&id(1), failed(), now);
+    assert_eq!(state.take_events(), []);
+    assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
+    state.completed(&id(1), failed(), now);
+    assert_eq!(state.take_events().len(), 1);
+}
+
+#[test]
+fn nesting_container_is_skipped_with_one_event() {
+    let now = Instant::now();
+    let nesting = |inject| {
+        let mut pod = pod("p", inject, [Some(1), Some(2)]);
+        pod.containers[1].nests_containers = true;
+        pod
+    };
+    let mut state = State::new(StateConfig { inject_by_default: true, ..StateConfig::default() });
+    // The runtime reports the start without the spec, which the watch then adds.
+    let of_b = StartedContainer { name: "b".into(), ..started("p", None, 2) };
+    state.update(Update::ContainerStarted(of_b, Trigger::Nri), now);
+    assert_eq!(ids(&state.poll_operations(now)), ["id2"]);
+    state.completed(&id(2), done([Step::Inject(ViewFile::Meminfo)]), now);
+    state.take_events();
+    state.update(Update::PodsReplaced(vec![nesting(None)]), now);
+    let mut operations = state.poll_operations(now);
+    operations.sort_by(|a, b| a.id.cmp(&b.id));
+    let desired: Vec<DesiredView> = operations.iter().map(|o| o.desired).collect();
+    assert_eq!(desired, [DesiredView::Exactly(FileSet::ALL), DesiredView::Absent]);
+    state.update(Update::PodApplied(nesting(None)), now);
+    let events = state.take_events();
+    assert_eq!(events.len(), 1);
+    let note = &events[0].note;
+    assert!(note.starts_with("b: ") && note.contains("kube-lxcfs.io/inject: \"true\""), "{note}");
+    // Its owner requests it.
+    state.completed(&id(2), done([remove(ViewFile::Meminfo)]), now);
+    state.take_events();
+    state.update(Update::PodApplied(nesting(Some("true"))), now);
+    let operations = state.poll_operations(now);
+    assert_eq!(ids(&operations), ["id2"]);
+    assert_eq!(operations[0].desired, DesiredView::Exactly(FileSet::ALL));
+    assert_eq!(state.take_events(), []);
 }
 
 #[test]
@@ -177,7 +263,7 @@ fn adoption_repeats_an_operation_without_lxcfs() {
     };
     assert!(with_lxcfs(state.poll_operations(now)));
     state.lxcfs_searched(false, now);
-    state.completed(&id(1), no_lxcfs(), now);
+    state.completed(&id(1), Completion::NoLxcfs, now);
     // A removal does not wait for lxcfs. Adoption does.
     assert!(!with_lxcfs(state.poll_operations(now)));
     state.completed(&id(1), done([]), now);
@@ -261,6 +347,30 @@ fn start_stays_pending_when_an_earlier_look_up_fails() {
     state.completed(&id(1), Completion::NotRunning, now);
     assert!(state.is_pending(&id(1)), "the start waits for its view");
     assert_eq!(state.poll_operations(now)[0].pid, Some(42));
+}
+
+#[test]
+fn late_start_is_reported_to_the_owner() {
+    let now = Instant::now();
+    let mut state = listed(Vec::new());
+    for (uid, inject, n) in [("in", "true", 1), ("out", "false", 2)] {
+        state.update(Update::ContainerStarted(started(uid, Some(inject), n), Trigger::Nri), now);
+    }
+    assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
+    assert!(state.start_timed_out(&id(1)));
+    assert!(!state.start_timed_out(&id(2)) && !state.start_timed_out(&id(3)));
+    assert_eq!(state.take_events(), [], "one event with the view's");
+    state.completed(&id(1), done([Step::Inject(ViewFile::Meminfo)]), now);
+    let events = state.take_events();
+    let reasons: Vec<Reason> = events.iter().map(|e| e.reason).collect();
+    assert_eq!(reasons, [Reason::LxcfsInjected, Reason::LxcfsInjectFailed]);
+    assert!(events[1].note.starts_with("a: started before its view"), "{}", events[1].note);
+    // The plugin released it just before the loop.
+    assert!(state.start_timed_out(&id(1)));
+    assert_eq!(state.take_events().len(), 1);
+    // An lxcfs that restarts is no failure of the start.
+    state.lxcfs_searched(false, now);
+    assert!(!state.start_timed_out(&id(1)));
 }
 
 #[test]
@@ -497,7 +607,7 @@ impl Node {
                 if current {
                     self.state.lxcfs_searched(false, self.now);
                 }
-                Completion::NoLxcfs { why: "absent".into() }
+                Completion::NoLxcfs
             }
             How::Applied => {
                 if with_lxcfs && current {

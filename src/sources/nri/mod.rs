@@ -183,6 +183,7 @@ async fn session(
     let mut out = BytesMut::new();
     registration().frame(ttrpc::RUNTIME).encode(&mut out);
     write.write_all(&out).await?;
+    out.clear();
 
     let timeout = tokio::time::sleep(REGISTRATION_TIMEOUT);
     tokio::pin!(timeout);
@@ -220,10 +221,10 @@ async fn session(
                     }
                 }
             }
-            Some(reply) = replies.next() => {
-                let mut out = BytesMut::new();
-                reply.frame(ttrpc::PLUGIN).encode(&mut out);
-                write.write_all(&out).await?;
+            Some(reply) = replies.next() => reply.frame(ttrpc::PLUGIN).encode(&mut out),
+            // Beside the rest: a runtime that is slow to read delays no other call.
+            written = write.write_buf(&mut out), if !out.is_empty() => {
+                written?;
             }
             () = &mut timeout, if !*registered => {
                 return Err(Error::RegistrationTimeout(socket.to_owned()));
@@ -345,6 +346,56 @@ mod tests {
             _ => ttrpc::ContainerRequest { pod, container }.encode_to_vec(),
         };
         (method, payload)
+    }
+
+    fn message(stream: u32, (method, payload): (&str, Vec<u8>)) -> Message {
+        let request = ttrpc::Request {
+            service: SERVICE.into(),
+            method: method.into(),
+            payload: payload.into(),
+        };
+        let payload = request.encode_to_vec().into();
+        Message { stream, message_type: MessageType::Request, payload }
+    }
+
+    /// A plugin, and a runtime with this request timeout in ms. The channel of starts has room for
+    /// one.
+    async fn session_with(request_timeout: i64) -> (Runtime, mpsc::Receiver<BlockedStart>) {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("nri.sock");
+        let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+        let ((starts, blocked), (updates, _)) = (mpsc::channel(1), mpsc::channel(1));
+        tokio::spawn(async move { run(&socket, true, Outputs { starts, updates }).await });
+        (Runtime::accept(&listener, request_timeout).await, blocked)
+    }
+
+    #[tokio::test]
+    async fn slow_start_delays_no_other() {
+        let (mut runtime, mut blocked) = session_with(60_000).await;
+        let mut replies = Vec::new();
+        for stream in [2, 4, 6] {
+            runtime.send(ttrpc::PLUGIN, &message(stream, start("StartContainer"))).await;
+            replies.push(blocked.recv().await.unwrap().reply);
+        }
+        for (stream, reply) in [6, 4, 2].into_iter().zip(replies.into_iter().rev()) {
+            reply.send(()).unwrap();
+            assert_eq!(runtime.message(ttrpc::PLUGIN).await.stream, stream);
+        }
+    }
+
+    #[tokio::test]
+    async fn busy_agent_receives_every_start_later() {
+        let (mut runtime, mut blocked) = session_with(200).await;
+        for stream in [2, 4, 6] {
+            runtime.send(ttrpc::PLUGIN, &message(stream, start("StartContainer"))).await;
+        }
+        for _ in 0..3 {
+            assert!([2, 4, 6].contains(&runtime.message(ttrpc::PLUGIN).await.stream));
+        }
+        for _ in 0..3 {
+            let start = tokio::time::timeout(Duration::from_secs(10), blocked.recv()).await;
+            assert!(start.unwrap().unwrap().reply.is_closed(), "the container has started");
+        }
     }
 
     #[tokio::test]

@@ -8,7 +8,10 @@ use std::{
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use prost::Message as _;
-use tokio::sync::oneshot;
+use tokio::sync::{
+    mpsc::{self, error::TrySendError},
+    oneshot,
+};
 
 use super::{
     BlockedStart, Outputs,
@@ -136,27 +139,8 @@ impl<'a> PluginService<'a> {
                 let Some(container) = started_container(into_pod(sandbox), container) else {
                     return ready(reply);
                 };
-                let (injected_tx, injected) = oneshot::channel();
                 let starts = self.outputs.starts.clone();
-                let timeout = self.timeout / 2;
-                Box::pin(async move {
-                    let id = container.id.clone();
-                    let injection = async {
-                        // A dropped sender releases the start too.
-                        if starts.send(BlockedStart { container, reply: injected_tx }).await.is_ok()
-                        {
-                            let _ = injected.await;
-                        }
-                    };
-                    if tokio::time::timeout(timeout, injection).await.is_err() {
-                        tracing::warn!(
-                            %id,
-                            ?timeout,
-                            "injection timed out, the container starts without its view"
-                        );
-                    }
-                    reply
-                })
+                Box::pin(block_start(starts, container, self.timeout / 2, reply))
             }
             event::STOP_CONTAINER | event::REMOVE_CONTAINER => self.send_and_reply(
                 ContainerId::new(&container.id).ok().map(Update::ContainerStopped),
@@ -177,6 +161,34 @@ impl<'a> PluginService<'a> {
             reply
         })
     }
+}
+
+/// Reports the start, and replies when the view is injected, or after `timeout`.
+async fn block_start(
+    starts: mpsc::Sender<BlockedStart>,
+    container: StartedContainer,
+    timeout: Duration,
+    reply: Message,
+) -> Message {
+    let pod = format!("{}/{}", container.pod.namespace, container.pod.name);
+    let (name, id) = (container.name.clone(), container.id.clone());
+    let (injected_tx, injected) = oneshot::channel();
+    let start = BlockedStart { container, reply: injected_tx };
+    if let Err(TrySendError::Full(start)) = starts.try_send(start) {
+        // A busy agent receives the start too, after the timeout if need be.
+        tokio::spawn(async move { starts.send(start).await });
+    }
+    // A dropped sender releases the start too.
+    if tokio::time::timeout(timeout, injected).await.is_err() {
+        tracing::warn!(
+            pod,
+            container = name,
+            %id,
+            ?timeout,
+            "injection timed out, the container starts without its view"
+        );
+    }
+    reply
 }
 
 fn ready<'a>(reply: Message) -> BoxFuture<'a, Message> {

@@ -289,6 +289,11 @@ impl Pods {
         self.cluster.reasons("default", pod, expected);
     }
 
+    /// The Events on a pod, as reason and note.
+    pub(crate) fn events(&self, pod: &str) -> Vec<(String, String)> {
+        self.cluster.events("default", pod)
+    }
+
     pub(crate) fn annotate(&self, name: &str, annotations: Value) {
         let patch = Patch::Merge(json!({"metadata": {"annotations": annotations}}));
         self.runtime.block_on(self.api.patch(name, &PatchParams::default(), &patch)).unwrap();
