@@ -497,7 +497,7 @@ mod tests {
     fn cpu_of_a_writable_lxcfs_is_skipped_and_removed() {
         let files = FileSet::ALL.iter().filter(|f| *f != ViewFile::Cpu).collect();
         let serving = Some(ServingLxcfs { dev: NEW, files, writable: true });
-        let layer = Layer { id: MountId(1), kind: LayerKind::Managed(OLD) };
+        let layer = Layer { id: MountId(1), kind: LayerKind::Managed(OLD), locked: false };
         let observed = ObservedMounts {
             layers: BTreeMap::from([(ViewFile::Cpu, vec![layer])]),
             ..ObservedMounts::default()

@@ -133,8 +133,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Opens the view files of the lxcfs at `path`, and reads one. Blocks if lxcfs hangs. A writable one
-/// becomes read-only within `grace`, or `cpu` is not opened.
+/// Opens the view files of the lxcfs at `path`, and reads one. Blocks if lxcfs hangs. Does not open
+/// `cpu` of one that is still writable after `grace`.
 fn open(path: &Path, grace: Duration) -> Result<LxcfsFiles, Error> {
     let fail = |verb| move |cause: std::io::Error| Error::Io { path: path.to_owned(), verb, cause };
     // Only readlink(2) is called on the path's last component; FUSE handles it for a directory

@@ -3,8 +3,9 @@
 //!
 //!     fuse_fake hang|ENOTCONN DEVICE DIR SCRIPT
 //!
-//! It mounts itself by the FUSE device DEVICE at DIR, runs SCRIPT with sh, and then writes `ready` to standard output. It has
-//! every directory and file that is looked up, but opens of files are never answered, or refused.
+//! It mounts itself by the FUSE device DEVICE at DIR, runs SCRIPT with sh, and then writes `ready`
+//! to standard output. It has every directory and file that is looked up. An open of a file gets no
+//! reply, or is refused.
 
 use std::{
     fs::{File, OpenOptions},
