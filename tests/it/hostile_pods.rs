@@ -25,7 +25,7 @@ fn api_server_args(pods: &Pods, dir: &std::path::Path) -> (Vec<String>, String) 
 }
 
 #[test]
-fn start_after_the_first_list_has_its_view_soon() {
+fn start_after_the_first_list_has_its_view() {
     isolated(|| {
         let (lxcfs, containerd) = (Lxcfs::start(), Containerd::start());
         let cri = containerd.endpoint();
@@ -34,12 +34,9 @@ fn start_after_the_first_list_has_its_view_soon() {
         let agent =
             agent(containerd.dir.path(), &[&args[..], &["--cri-events", "off"]].concat(), &[]);
         ready(&agent);
-        let listed = Instant::now();
         let pod =
             containerd.run(&PodSpec { name: "p", annotations: &[INJECT], containers: &["a"] });
         has_views("the container", containerd.pid(&pod.containers["a"]), ALWAYS.len());
-        let elapsed = listed.elapsed();
-        assert!(elapsed < Duration::from_secs(20), "{elapsed:?}: {}", agent.log());
     });
 }
 
@@ -250,7 +247,7 @@ fn late_start_names_its_pod_in_log_event_and_metric() {
         has_views("the container", container.pid(), ALWAYS.len());
         let warned = agent.logged(&[("pod", "shop/web"), ("container", "app"), ("level", "WARN")]);
         assert_eq!(warned, 1, "{}", agent.log());
-        eventually_true("the owner is told", || {
+        eventually_true("the owner gets an Event", || {
             agent.logged(&[("pod", "shop/web"), ("reason", "LxcfsInjectFailed")]) == 1
         });
         assert!(agent.log().contains("app: started before its view"), "{}", agent.log());
