@@ -234,7 +234,7 @@ impl<'a> EnteredNs<'a> {
     }
 
     /// Opens a view file for reading, if its device is `dev`, which sends its lxcfs a request. The
-    /// check and the open are of the same mount, whatever the container mounts in between.
+    /// check and the open are of the same mount, even if the container mounts in between.
     pub(super) fn probe(&self, file: ViewFile, dev: Dev) -> Liveness {
         let Ok(base) = self.open_base(file.base()) else { return Liveness::Unknown };
         let Ok(top) = open(&base, file.path_in_base(), ResolveFlags::empty()) else {

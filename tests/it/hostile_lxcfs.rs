@@ -119,7 +119,7 @@ fn fake_that_answers_enotconn_gets_nothing_swept() {
         let swept = |e: &serde_json::Value| e["swept_files"].as_u64();
         assert_eq!(supervised.supervisor.entries().iter().filter_map(swept).sum::<u64>(), 0);
 
-        // The probe of a file is of one device only, whatever the container has mounted.
+        // The probe of a file is of one device only, for any mounts of the container.
         let container = fake.container.pid.to_string();
         let (major, minor) = fake.dev();
         let probe = |minor: &str| succeeds(&["probe", &container, "meminfo", &major, minor]);

@@ -131,7 +131,7 @@ impl Container {
             }
             Completion::Failed { done, why } => {
                 report.add_steps(&self.name, &done);
-                // Outdated facts may be the cause, for example an lxcfs that exited meanwhile.
+                // Outdated facts may be the cause, for example an lxcfs that exited in between.
                 if !dirty {
                     self.report_error(why, |c, why| report.add_failed(c, why));
                 }
