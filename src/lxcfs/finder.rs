@@ -25,7 +25,7 @@ use crate::{
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The time for a supervisor to make a new lxcfs read-only, and the interval between checks.
-const READ_ONLY_GRACE: Duration = Duration::from_millis(250);
+const READ_ONLY_GRACE: Duration = Duration::from_secs(1);
 const READ_ONLY_POLL: Duration = Duration::from_millis(5);
 
 /// Finds the lxcfs that serves at `path`, checks that it responds, and opens its view files.
