@@ -4,10 +4,9 @@
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fmt, io,
-    os::unix::fs::MetadataExt,
     path::Path,
-    pin::pin,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use futures::{StreamExt, stream};
@@ -16,38 +15,88 @@ use serde::Serialize;
 use crate::{
     lxcfs,
     model::{container_id::ContainerId, pod::Pod, view::ViewFile},
-    mount::{self, Liveness, LxcfsFiles, Prober, Task, Workers},
+    mount::{self, Liveness, LxcfsFiles, Prober, TableLimit, Task, Workers},
     plan::{DesiredView, ObservedMounts},
     runtime::cgroup,
-    sys::{mountinfo::Dev, process::Process},
+    sys::{
+        mntns::Scan,
+        mountinfo::{Dev, ReadError},
+        process::Process,
+    },
 };
 
 /// The limit of namespaces that are worked on concurrently.
 const CONCURRENCY: usize = 128;
+/// The limit of containers with large mount tables that are worked on concurrently.
+const LARGE_CONCURRENCY: usize = 2;
+/// The time that the large mount tables of one container may take in a pass over the node.
+const LARGE_BUDGET: Duration = Duration::from_secs(5);
 
-/// One process of every mount namespace of this node except our own.
-///
-/// # Errors
-/// Fails if `/proc` cannot be listed.
-pub fn namespaces() -> io::Result<Vec<Arc<Process>>> {
-    let id = |path: String| std::fs::metadata(path).map(|m| (m.dev(), m.ino()));
-    let mut seen = HashSet::from([id("/proc/self/ns/mnt".into())?]);
-    let mut processes = Vec::new();
-    for entry in std::fs::read_dir("/proc")? {
-        let Some(pid) = entry.ok().and_then(|e| e.file_name().to_str()?.parse::<i64>().ok()) else {
-            continue;
-        };
-        // A process may exit at any moment, and a kernel thread or a zombie has no mount namespace.
-        let Ok(namespace) = id(format!("/proc/{pid}/ns/mnt")) else { continue };
-        if seen.contains(&namespace) {
-            continue;
-        }
-        if let Ok(process) = Process::open(pid) {
-            seen.insert(namespace);
-            processes.push(Arc::new(process));
-        }
+type Done<T> = (Arc<Process>, Result<T, mount::Error>);
+
+/// Works on every process, such that no container delays the others much. The first namespace of
+/// each container comes first, then the second of each. Those with large mount tables come last, a
+/// few at a time, and with a limit of time for each container.
+async fn for_each<T, F>(
+    processes: Vec<Arc<Process>>,
+    work: impl Fn(Arc<Process>, TableLimit) -> F,
+) -> Vec<Done<T>>
+where
+    F: Future<Output = Result<T, mount::Error>>,
+{
+    let container = |process: &Process| cgroup::container_of_process(process.pid());
+    let work = |process: Arc<Process>, limit| {
+        let done = work(process.clone(), limit);
+        async move { (process, done.await) }
+    };
+    let ordered = interleave(processes, |process| container(process));
+    let normal = stream::iter(ordered).map(|process| work(process, TableLimit::Normal));
+    let normal: Vec<Done<T>> = normal.buffer_unordered(CONCURRENCY).collect().await;
+    let is_large = |(_, done): &Done<T>| {
+        matches!(done, Err(mount::Error::LargeTable { cause: ReadError::TooLong(_), .. }))
+    };
+    let (large, mut done): (Vec<_>, Vec<_>) = normal.into_iter().partition(is_large);
+    let mut groups: HashMap<Result<ContainerId, i32>, Vec<Done<T>>> = HashMap::new();
+    for (process, refused) in large {
+        let key = container(&process).ok_or(process.pid());
+        groups.entry(key).or_default().push((process, refused));
     }
-    Ok(processes)
+    let work = &work;
+    let large = stream::iter(groups.into_values()).map(|group| async move {
+        let started = Instant::now();
+        let mut done = Vec::new();
+        for (process, refused) in group {
+            done.push(if started.elapsed() < LARGE_BUDGET {
+                work(process, TableLimit::Large).await
+            } else {
+                (process, refused)
+            });
+        }
+        done
+    });
+    let large: Vec<Vec<Done<T>>> = large.buffer_unordered(LARGE_CONCURRENCY).collect().await;
+    done.extend(large.into_iter().flatten());
+    let too_large: Vec<&mount::Error> =
+        done.iter().filter_map(|(_, done)| done.as_ref().err().filter(|e| e.is_large())).collect();
+    if let [first, ..] = too_large[..] {
+        let namespaces = too_large.len();
+        tracing::warn!(cause = %first, namespaces, "namespaces skipped");
+    }
+    done
+}
+
+/// Orders the processes: the first of each container, then the second of each, and so on.
+fn interleave<P>(processes: Vec<P>, container: impl Fn(&P) -> Option<ContainerId>) -> Vec<P> {
+    let mut counts: HashMap<ContainerId, usize> = HashMap::new();
+    let mut rank = |process: &P| {
+        let count = counts.entry(container(process)?).or_default();
+        *count += 1;
+        Some(*count)
+    };
+    let mut ranked: Vec<(usize, P)> =
+        processes.into_iter().map(|process| (rank(&process).unwrap_or(1), process)).collect();
+    ranked.sort_by_key(|(rank, _)| *rank);
+    ranked.into_iter().map(|(_, process)| process).collect()
 }
 
 /// A mount namespace with a view.
@@ -63,24 +112,31 @@ pub struct ViewedNamespace {
 /// # Errors
 /// Fails if `/proc` cannot be listed.
 pub async fn views(workers: &Workers) -> io::Result<Vec<ViewedNamespace>> {
-    let processes = namespaces()?;
-    let observations = stream::iter(processes).map(|process| async move {
-        match mount::observe(workers, process.clone()).await {
-            Ok(observed) if observed.views().next().is_some() => {
-                Some(ViewedNamespace { process, observed })
-            }
-            Ok(_) => None,
-            Err(e) if e.is_no_target() => None,
-            Err(e) => {
+    let processes = blocking(Scan::all).await?;
+    let observed =
+        for_each(processes, |process, limit| mount::observe(workers, process, limit)).await;
+    let viewed = observed.into_iter().filter_map(|(process, observed)| match observed {
+        Ok(observed) if observed.views().next().is_some() => {
+            Some(ViewedNamespace { process, observed })
+        }
+        Ok(_) => None,
+        Err(e) => {
+            if !e.is_no_target() && !e.is_large() {
                 tracing::warn!(cause = %e, "namespace skipped");
-                None
             }
+            None
         }
     });
-    let viewed = observations.buffer_unordered(CONCURRENCY).filter_map(async |viewed| viewed);
-    let mut viewed: Vec<ViewedNamespace> = viewed.collect().await;
+    let mut viewed: Vec<ViewedNamespace> = viewed.collect();
     viewed.sort_by_key(|v| v.process.pid());
     Ok(viewed)
+}
+
+/// Runs a function that may take long for a runtime with a single thread.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(io::Error::other)?
 }
 
 /// The summary of a pass over the node.
@@ -94,6 +150,16 @@ pub struct PassSummary {
     pub failed: usize,
 }
 
+impl PassSummary {
+    fn and(self, other: PassSummary) -> PassSummary {
+        PassSummary {
+            containers: self.containers + other.containers,
+            files: self.files + other.files,
+            failed: self.failed + other.failed,
+        }
+    }
+}
+
 impl fmt::Display for PassSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} view files in {} containers", self.files, self.containers)?;
@@ -103,19 +169,20 @@ impl fmt::Display for PassSummary {
 
 /// Performs a task in the mount namespaces of these processes, many concurrently.
 async fn pass(workers: &Workers, processes: Vec<Arc<Process>>, task: &Task) -> PassSummary {
-    let reconciles = stream::iter(processes).map(|process| async move {
-        let reconciled = mount::reconcile(workers, process, task.clone()).await;
-        reconciled.unwrap_or_else(|timeout| Err(timeout.error.into()))
-    });
+    let reconcile = |process, limit| async move {
+        let done = mount::reconcile_within(workers, process, task.clone(), limit).await;
+        done.unwrap_or_else(|timeout| Err(timeout.error.into()))
+    };
     let mut summary = PassSummary::default();
-    let mut reconciles = pin!(reconciles.buffer_unordered(CONCURRENCY));
-    while let Some(reconciled) = reconciles.next().await {
+    for (_, reconciled) in for_each(processes, reconcile).await {
         let changed = match reconciled {
             Ok(outcome) => outcome.done.len(),
             Err(e) if e.is_no_target() => 0,
             Err(e) => {
                 summary.failed += 1;
-                tracing::warn!(cause = %e, "failed to change a container");
+                if !e.is_large() {
+                    tracing::warn!(cause = %e, "failed to change a container");
+                }
                 e.into_outcome().done.len()
             }
         };
@@ -132,7 +199,17 @@ async fn pass(workers: &Workers, processes: Vec<Arc<Process>>, task: &Task) -> P
 /// Fails if `/proc` cannot be listed.
 #[allow(clippy::implicit_hasher, reason = "a handful of device numbers")]
 pub async fn sweep(workers: &Workers, exited: HashSet<Dev>) -> io::Result<PassSummary> {
-    Ok(pass(workers, namespaces()?, &Task::Sweep(Arc::new(exited))).await)
+    let task = Task::Sweep(Arc::new(exited));
+    let (mut scan, processes) = blocking(|| {
+        let mut scan = Scan::new()?;
+        let processes = scan.processes()?;
+        Ok((scan, processes))
+    })
+    .await?;
+    let summary = pass(workers, processes, &task).await;
+    // A node has many more threads than processes, and few of them have their own namespace.
+    let threads = blocking(move || scan.threads()).await?;
+    Ok(summary.and(pass(workers, threads, &task).await))
 }
 
 /// Sweeps every lxcfs that has exited, by its device in containers that have a view of it, and
@@ -267,4 +344,20 @@ pub async fn status(
         ))
     });
     Ok(all)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn containers_take_turns() {
+        let container =
+            |(name, _): &(&str, u32)| (*name != "none").then(|| ContainerId::new(name).unwrap());
+        let processes =
+            [("a", 1), ("a", 2), ("a", 3), ("none", 4), ("b", 5), ("none", 6), ("b", 7)];
+        let order = interleave(processes.to_vec(), container);
+        let order: Vec<u32> = order.into_iter().map(|(_, number)| number).collect();
+        assert_eq!(order, [1, 4, 5, 6, 2, 7, 3]);
+    }
 }

@@ -25,13 +25,13 @@ use rustix::{
     path::DecInt,
 };
 
-use super::{Error, Liveness, Outcome, StepError, Task, WorkerContext, observe};
+use super::{Error, Liveness, Outcome, StepError, TableLimit, Task, WorkerContext, observe, table};
 use crate::{
     model::view::{BaseFs, ViewFile},
     plan::{CoverFile, ObservedMounts, Plan, SkipReason, Step},
     sys::{
         self, Ownership,
-        mountinfo::{Dev, MountId, MountTable},
+        mountinfo::{Dev, MountId, MountTable, ReadError},
         process::Process,
     },
 };
@@ -58,6 +58,7 @@ pub fn reconcile_blocking(
     process: &Process,
     task: &Task,
     if_locked: IfLocked,
+    limit: TableLimit,
 ) -> Result<Outcome, Error> {
     let mut outcome = Outcome::default();
     let mut lock = None;
@@ -69,7 +70,7 @@ pub fn reconcile_blocking(
             if lock.is_none() {
                 lock = context.try_lock();
             }
-            let mut observed = entered.observe()?;
+            let mut observed = entered.observe(limit)?;
             observed.mark_locked(&locked);
             let plan = task.plan(&observed);
             let bases = entered.hold_bases(&observed, &plan.steps);
@@ -216,16 +217,23 @@ impl<'a> EnteredNs<'a> {
         EnteredNs { context, process }
     }
 
-    pub(super) fn observe(&self) -> Result<ObservedMounts, Error> {
-        let text = self.mountinfo()?;
+    pub(super) fn observe(&self, limit: TableLimit) -> Result<ObservedMounts, Error> {
+        let text = self.mountinfo(limit)?;
         let table = self.parse(&text)?;
         let root = self.process.root().as_os_str().as_encoded_bytes();
         Ok(observe::observe(&table, root, |group| self.context.is_host_peer_group(group)))
     }
 
-    fn mountinfo(&self) -> Result<Vec<u8>, Error> {
-        let text = self.context.read("thread-self/mountinfo");
-        text.map_err(|cause| Error::Observe { pid: self.process.pid(), cause })
+    /// The lines of the mount table that can matter.
+    fn mountinfo(&self, limit: TableLimit) -> Result<Vec<u8>, Error> {
+        let pid = self.process.pid();
+        let root = self.process.root().as_os_str().as_encoded_bytes();
+        let table = self.context.open("thread-self/mountinfo");
+        let text = table.map_err(ReadError::Io).and_then(|file| table::read(file, root, limit));
+        text.map_err(|e| match e {
+            ReadError::Io(cause) => Error::Observe { pid, cause },
+            cause => Error::LargeTable { pid, cause },
+        })
     }
 
     fn parse<'t>(&self, text: &'t [u8]) -> Result<MountTable<'t>, Error> {
@@ -278,9 +286,9 @@ impl<'a> EnteredNs<'a> {
         if steps.iter().all(|(_, clone)| clone.is_none()) {
             return Ok(HashSet::new());
         }
-        let text = self.mountinfo()?;
+        let text = self.mountinfo(TableLimit::Large)?;
         let table = self.parse(&text)?;
-        let find = |id: MountId| table.0.iter().find(|m| m.id == id);
+        let find = |id: MountId| table.by_id(id);
         let stays_inside = |step: Step| {
             let target = match step {
                 Step::Remove { .. } => return Some(true),

@@ -9,6 +9,7 @@ mod driver;
 mod liveness;
 mod namespace;
 pub mod observe;
+pub mod table;
 mod workers;
 
 use std::{
@@ -23,12 +24,16 @@ pub use self::{
     driver::{IfLocked, reconcile_blocking},
     liveness::{Liveness, Prober, probe_blocking},
     namespace::WorkerContext,
+    table::TableLimit,
     workers::{Error as WorkError, JobTimeout, Workers},
 };
 use crate::{
     model::view::ViewFile,
     plan::{self, DesiredView, ObservedMounts, Plan, ServingLxcfs, SkipReason, Step},
-    sys::{mountinfo::Dev, process::Process},
+    sys::{
+        mountinfo::{Dev, ReadError},
+        process::Process,
+    },
 };
 
 /// The time to wait for the lock of a namespace that another kube-lxcfs works on: longer than any
@@ -74,6 +79,8 @@ pub enum Error {
     Observe { pid: i32, cause: io::Error },
     #[error("another process holds the lock of the mount namespace of process {0}")]
     Locked(i32),
+    #[error("process {pid}: {cause}; reduce the mounts of its container")]
+    LargeTable { pid: i32, cause: ReadError },
     /// The lxcfs whose view files were to be mounted is no longer mounted itself.
     #[error("lxcfs was unmounted during the operation")]
     LxcfsUnmounted,
@@ -92,6 +99,11 @@ impl Error {
     /// over the node ignores it.
     pub fn is_no_target(&self) -> bool {
         matches!(self, Error::ProcessExited(_) | Error::HostNamespace(_) | Error::OwnNamespace(_))
+    }
+
+    /// Whether the mount table is too large: its container is at fault, and nothing was changed.
+    pub fn is_large(&self) -> bool {
+        matches!(self, Error::LargeTable { .. })
     }
 
     /// The changes before the error.
@@ -160,14 +172,28 @@ pub async fn reconcile(
     process: Arc<Process>,
     task: Task,
 ) -> Result<Result<Outcome, Error>, JobTimeout<Result<Outcome, Error>>> {
+    reconcile_within(workers, process, task, TableLimit::Large).await
+}
+
+/// As [`reconcile`], with a limit of the mount table.
+///
+/// # Errors
+/// As [`reconcile`]; [`Error::LargeTable`] for a table beyond the limit.
+pub async fn reconcile_within(
+    workers: &Workers,
+    process: Arc<Process>,
+    task: Task,
+    limit: TableLimit,
+) -> Result<Result<Outcome, Error>, JobTimeout<Result<Outcome, Error>>> {
     let started = Instant::now();
     let mut interval = LOCK_INTERVAL;
     loop {
         let (process, task) = (process.clone(), task.clone());
         let if_locked =
             if started.elapsed() < LOCK_TIMEOUT { IfLocked::Fail } else { IfLocked::Ignore };
-        let job =
-            move |context: &WorkerContext| reconcile_blocking(context, &process, &task, if_locked);
+        let job = move |context: &WorkerContext| {
+            reconcile_blocking(context, &process, &task, if_locked, limit)
+        };
         match workers.run(job).await? {
             Err(Error::Locked(_)) => tokio::time::sleep(interval).await,
             reconciled => return Ok(reconciled),
@@ -179,9 +205,13 @@ pub async fn reconcile(
 /// Observes a container, and changes nothing.
 ///
 /// # Errors
-/// See [`Error`].
-pub async fn observe(workers: &Workers, process: Arc<Process>) -> Result<ObservedMounts, Error> {
+/// See [`Error`]; [`Error::LargeTable`] for a table beyond the limit.
+pub async fn observe(
+    workers: &Workers,
+    process: Arc<Process>,
+    limit: TableLimit,
+) -> Result<ObservedMounts, Error> {
     let observed =
-        workers.run(move |context| context.enter(&process, |entered| entered.observe())).await;
+        workers.run(move |context| context.enter(&process, |entered| entered.observe(limit))).await;
     observed.unwrap_or_else(|timeout| Err(timeout.error.into()))
 }

@@ -1,6 +1,7 @@
 //! Entering a container's mount namespace and returning from it, on a worker thread.
 
 use std::{
+    fs::File,
     io,
     os::fd::{AsFd, OwnedFd},
 };
@@ -16,7 +17,11 @@ use super::{
 };
 use crate::{
     model::view::{BaseFs, ViewFile},
-    sys::{mountinfo::MountTable, process::Process, syscalls},
+    sys::{
+        mountinfo::{self, Mount},
+        process::Process,
+        syscalls,
+    },
 };
 
 /// The device and inode number of a mount namespace.
@@ -121,21 +126,19 @@ impl WorkerContext {
     /// be read, the answer is yes.
     pub(super) fn is_host_peer_group(&self, group: u64) -> bool {
         let has = |path: &str| {
-            let text = self.read(path).ok()?;
-            Some(MountTable::parse(&text).ok()?.0.iter().any(|m| m.shared == Some(group)))
+            let member = |line: &[u8]| Mount::parse(line).is_none_or(|m| m.shared == Some(group));
+            let members = mountinfo::filter_lines(self.open(path).ok()?, u64::MAX, member).ok()?;
+            Some(!members.is_empty())
         };
         // Both pid 2 and pid 1 show the host's table; on some machines one of them is not readable.
         let host = has("2/mountinfo").or_else(|| has("1/mountinfo"));
         has("self/mountinfo").unwrap_or(true) || host.unwrap_or(true)
     }
 
-    /// Reads a file of the trusted `/proc`.
-    pub(super) fn read(&self, path: &str) -> io::Result<Vec<u8>> {
-        let file =
-            rustix::fs::openat(&self.proc, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?;
-        let mut text = Vec::with_capacity(16 << 10);
-        io::Read::read_to_end(&mut std::fs::File::from(file), &mut text)?;
-        Ok(text)
+    /// Opens a file of the trusted `/proc`.
+    pub(super) fn open(&self, path: &str) -> io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat(&self.proc, path, flags, Mode::empty())?.into())
     }
 
     /// Locks the namespace that the thread is in, unless another process holds the lock: flock(2)

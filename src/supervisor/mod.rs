@@ -2,8 +2,12 @@
 //! a hung lxcfs.
 //!
 //! When lxcfs exits, the supervisor first unmounts it at the serving path, so that no new view can
-//! be made of it. Then it sweeps every mount namespace and starts lxcfs again. At a shutdown it
-//! sweeps before it stops lxcfs, so that no reader sees an error.
+//! be made of it. Then it starts lxcfs again, and beside that sweeps every mount namespace. At a
+//! shutdown it sweeps before it stops lxcfs, so that no reader sees an error.
+//!
+//! A sweep selects views by the device number of their lxcfs. The kernel gives the number to
+//! another file system when the last mount is gone, and the next lxcfs could get it. So the
+//! supervisor holds the exited one, by an open descriptor, until the sweep is over.
 
 mod child;
 mod predecessors;
@@ -13,15 +17,21 @@ use std::{
     collections::HashSet,
     ffi::OsString,
     io,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::ExitStatus,
     time::{Duration, Instant},
 };
 
-use rustix::{mount::UnmountFlags, process::Signal};
+use rustix::{
+    fs::{AtFlags, Mode, OFlags, StatxFlags},
+    mount::UnmountFlags,
+    process::Signal,
+};
 use tokio::{
     process::Child,
     signal::unix::{SignalKind, signal},
+    task::JoinSet,
 };
 
 use self::predecessors::Predecessors;
@@ -48,6 +58,8 @@ const STARTUP_POLL: Duration = Duration::from_millis(5);
 const DRAIN: Duration = Duration::from_millis(200);
 /// The delay before a restart, from the second failure on.
 const RESTART: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
+/// The limit of sweeps beside lxcfs: one that exits repeatedly waits for the oldest.
+const MAX_SWEEPS: usize = 4;
 /// An lxcfs that served for this time resets the delay.
 const BACKOFF_RESET: Duration = Duration::from_secs(60);
 
@@ -121,12 +133,15 @@ impl Supervisor {
     /// # Errors
     /// Fails if lxcfs cannot be run at all; an lxcfs that exits or hangs is restarted.
     pub async fn run(self) -> Result<(), Error> {
-        self.run_until_shutdown().await?;
+        let mut sweeps = JoinSet::new();
+        let stopped = self.run_until_shutdown(&mut sweeps).await;
+        while sweeps.join_next().await.is_some() {}
+        stopped?;
         self.clean_up();
         Ok(())
     }
 
-    async fn run_until_shutdown(&self) -> Result<(), Error> {
+    async fn run_until_shutdown(&self, sweeps: &mut JoinSet<()>) -> Result<(), Error> {
         let mut signals = Signals::listen().map_err(Error::Signals)?;
         // Every reader of the node waits for these threads, and for lxcfs, which inherits the
         // value. Without CAP_SYS_NICE the value stays as it is.
@@ -152,11 +167,23 @@ impl Supervisor {
                 Ok(identity) => {
                     let (dev, elapsed) = (identity.dev, started.elapsed());
                     tracing::info!(lxcfs = "serving", %dev, ?elapsed, "lxcfs serves");
+                    let held = hold(&self.path, dev);
                     predecessors.replace(&self.path, &pools.sweepers, &pools.probe_workers).await;
                     let reason = self
                         .serve(&mut child, identity, &pools, &mut mount_table, &mut signals)
                         .await;
-                    self.stop_serving(&mut child, identity.dev, &reason, &pools.sweepers).await;
+                    self.stop_serving(&mut child, dev, &reason);
+                    match held {
+                        // Its views are dead, and must not keep the next lxcfs from serving.
+                        Some(held)
+                            if matches!(reason, ExitReason::Exited(_) | ExitReason::Hung) =>
+                        {
+                            sweep_beside(sweeps, &pools.sweepers, dev, held).await;
+                        }
+                        _ => {
+                            self.sweep_before_exit(&mut child, dev, &reason, &pools.sweepers).await;
+                        }
+                    }
                     if let ExitReason::Shutdown = reason {
                         return Ok(());
                     }
@@ -265,16 +292,8 @@ impl Supervisor {
         }
     }
 
-    /// Removes the views of an lxcfs that stopped serving, before it is terminated if it still
-    /// runs.
-    async fn stop_serving(
-        &self,
-        child: &mut Child,
-        dev: Dev,
-        reason: &ExitReason,
-        sweepers: &Workers,
-    ) {
-        let stopped = Instant::now();
+    /// Keeps an lxcfs that stopped serving from new views.
+    fn stop_serving(&self, child: &mut Child, dev: Dev, reason: &ExitReason) {
         match reason {
             ExitReason::Hung => {
                 let timeout = self.watchdog;
@@ -290,6 +309,17 @@ impl Supervisor {
         // From here on no new view can be made of it. Existing ones work until it exits.
         while identify(&self.path).is_some_and(|top| top.dev == dev) && detach(&self.path).is_ok() {
         }
+    }
+
+    /// Removes the views of an lxcfs that stopped serving, before it is terminated if it still
+    /// runs.
+    async fn sweep_before_exit(
+        &self,
+        child: &mut Child,
+        dev: Dev,
+        reason: &ExitReason,
+        sweepers: &Workers,
+    ) {
         sweep(sweepers, dev).await;
         if matches!(reason, ExitReason::Shutdown | ExitReason::Unmounted) {
             tokio::time::sleep(DRAIN).await;
@@ -299,7 +329,6 @@ impl Supervisor {
             // An injection that was in progress at the first sweep has finished by now.
             sweep(sweepers, dev).await;
         }
-        tracing::debug!(elapsed = ?stopped.elapsed(), "stopped serving");
     }
 
     /// Removes the pid file, and the volume if no other pod uses it.
@@ -330,6 +359,33 @@ async fn sweep(sweepers: &Workers, dev: Dev) {
         Ok(_) => {}
         Err(cause) => tracing::error!(%cause, "failed to sweep the node"),
     }
+}
+
+/// Sweeps the views of an lxcfs that has exited, beside the next one. Until then its device number
+/// stays its own.
+async fn sweep_beside(sweeps: &mut JoinSet<()>, sweepers: &Workers, dev: Dev, held: OwnedFd) {
+    while sweeps.try_join_next().is_some() {}
+    if sweeps.len() >= MAX_SWEEPS {
+        sweeps.join_next().await;
+    }
+    let sweepers = sweepers.clone();
+    sweeps.spawn(async move {
+        sweep(&sweepers, dev).await;
+        drop(held);
+    });
+    // It starts before lxcfs does.
+    tokio::task::yield_now().await;
+}
+
+/// Holds the lxcfs with this device at the serving path, if it is mounted there. Sends it no
+/// request.
+fn hold(path: &Path, dev: Dev) -> Option<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(path, flags, Mode::empty()).ok()?;
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let found = rustix::fs::statx(&root, "", flags, StatxFlags::MNT_ID).ok()?;
+    let found = Dev { major: found.stx_dev_major, minor: found.stx_dev_minor };
+    (found == dev).then_some(root)
 }
 
 /// The delay before a restart: none after the first failure.

@@ -10,8 +10,11 @@ use std::{
 };
 
 use crate::{
-    node,
-    sys::mountinfo::{Mount, MountTable},
+    mount::TableLimit,
+    sys::{
+        mntns::Scan,
+        mountinfo::{self, Mount, MountTable},
+    },
 };
 
 /// Removes the empty mount point of lxcfs and the volume that holds it, unless another pod uses the
@@ -44,10 +47,16 @@ pub fn remove_if_unused(lxcfs_path: &Path) -> io::Result<()> {
 }
 
 fn others_use(volume: &Mount<'_>) -> io::Result<bool> {
-    Ok(node::namespaces()?.iter().any(|process| {
-        let text = std::fs::read(format!("/proc/{}/mountinfo", process.pid())).unwrap_or_default();
-        MountTable::parse(&text)
-            .is_ok_and(|table| table.0.iter().any(|m| m.dev == volume.dev && m.root == volume.root))
+    let is_volume = |line: &[u8]| {
+        Mount::parse(line).is_some_and(|m| m.dev == volume.dev && m.root == volume.root)
+    };
+    Ok(Scan::all()?.iter().any(|process| {
+        let table = std::fs::File::open(format!("/proc/{}/mountinfo", process.pid()));
+        table.is_ok_and(|table| {
+            // The table of another kube-lxcfs is not a large one.
+            let volumes = mountinfo::filter_lines(table, TableLimit::Large.bytes(), is_volume);
+            volumes.is_ok_and(|volumes| !volumes.is_empty())
+        })
     }))
 }
 
@@ -59,7 +68,7 @@ fn path_of(volume: &Mount<'_>, table: &MountTable<'_>) -> Option<PathBuf> {
         let point = mount.point.strip_suffix(b"/").unwrap_or(&mount.point);
         Some(PathBuf::from(OsStr::from_bytes(&[point, rest].concat())))
     };
-    table.0.iter().filter(|mount| mount.dev == volume.dev).find_map(below)
+    table.mounts().iter().filter(|mount| mount.dev == volume.dev).find_map(below)
 }
 
 #[cfg(test)]
@@ -80,7 +89,7 @@ mod tests {
             (b"1 0 8:2 / / rw - ext4 /dev/sdb rw\n", None),
         ] {
             let host = MountTable::parse(host).unwrap();
-            assert_eq!(path_of(&pod.0[0], &host), path.map(PathBuf::from));
+            assert_eq!(path_of(&pod.mounts()[0], &host), path.map(PathBuf::from));
         }
     }
 }

@@ -6,6 +6,7 @@
 )]
 
 pub mod fuse;
+pub mod mntns;
 pub mod mountinfo;
 pub mod process;
 pub mod syscalls;

@@ -1,7 +1,13 @@
 //! Mount tables: parses `/proc/PID/mountinfo` (proc_pid_mountinfo(5)) and finds mounts by path.
-//! Pure: bytes in, values out.
+//! Pure: bytes in, values out. A table can be large, so every search is linear in it.
 
-use std::{borrow::Cow, collections::HashSet, fmt, str::FromStr};
+use std::{
+    borrow::Cow,
+    collections::{HashMap, HashSet},
+    fmt,
+    io::{self, BufRead, BufReader, Read},
+    str::FromStr,
+};
 
 /// The device number of a mount's file system (`st_dev`). It identifies one lxcfs: after a restart
 /// the number differs.
@@ -52,9 +58,14 @@ pub struct Malformed {
     pub line: usize,
 }
 
-/// A parsed mount table, in the kernel's order.
+/// A parsed mount table, in the kernel's order, indexed by id and by parent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct MountTable<'a>(pub Vec<Mount<'a>>);
+pub struct MountTable<'a> {
+    mounts: Vec<Mount<'a>>,
+    /// The place of each mount in `mounts`. Ids are distinct in a table of the kernel.
+    by_id: HashMap<MountId, usize>,
+    children: HashMap<MountId, Vec<usize>>,
+}
 
 impl<'a> MountTable<'a> {
     /// # Errors
@@ -62,8 +73,25 @@ impl<'a> MountTable<'a> {
     pub fn parse(text: &'a [u8]) -> Result<Self, Malformed> {
         let lines = text.split(|b| *b == b'\n').filter(|line| !line.is_empty());
         let parsed =
-            lines.enumerate().map(|(i, line)| parse_line(line).ok_or(Malformed { line: i + 1 }));
-        parsed.collect::<Result<_, _>>().map(MountTable)
+            lines.enumerate().map(|(i, line)| Mount::parse(line).ok_or(Malformed { line: i + 1 }));
+        parsed.collect::<Result<_, _>>().map(MountTable::index)
+    }
+
+    fn index(mounts: Vec<Mount<'a>>) -> Self {
+        let mut by_id = HashMap::with_capacity(mounts.len());
+        let mut children: HashMap<MountId, Vec<usize>> = HashMap::new();
+        for (n, mount) in mounts.iter().enumerate() {
+            by_id.entry(mount.id).or_insert(n);
+            if mount.parent != mount.id {
+                children.entry(mount.parent).or_default().push(n);
+            }
+        }
+        MountTable { mounts, by_id, children }
+    }
+
+    /// All mounts, in the kernel's order.
+    pub fn mounts(&self) -> &[Mount<'a>] {
+        &self.mounts
     }
 
     /// The topmost mount at an absolute path, if one is exactly there and reachable.
@@ -72,13 +100,14 @@ impl<'a> MountTable<'a> {
         if path == b"/" {
             return Some(root);
         }
+        let reachable = self.reachable(root);
         // The lowest mount at the path is a child of some mount that itself can be reached; of
         // several the last made wins.
         let lowest = self
-            .0
+            .mounts
             .iter()
             .rev()
-            .find(|m| *m.point == *path && !self.is_stacked(m) && self.reachable(m, root));
+            .find(|m| *m.point == *path && !self.is_stacked(m) && reachable.contains(&m.id));
         Some(self.topmost(lowest?))
     }
 
@@ -96,7 +125,11 @@ impl<'a> MountTable<'a> {
     /// The mount at `point` whose parent is `parent`. There is at most one that is not stacked on
     /// another.
     pub fn child(&self, parent: &Mount<'a>, point: &[u8]) -> Option<&Mount<'a>> {
-        self.0.iter().find(|m| m.parent == parent.id && m.id != parent.id && *m.point == *point)
+        self.children(parent).find(|m| *m.point == *point)
+    }
+
+    fn children(&self, parent: &Mount<'a>) -> impl Iterator<Item = &Mount<'a>> {
+        self.children.get(&parent.id).into_iter().flatten().map(|n| &self.mounts[*n])
     }
 
     /// The mounts stacked on `lowest`'s own root, bottom first.
@@ -105,7 +138,7 @@ impl<'a> MountTable<'a> {
         let mut top = lowest;
         while let Some(next) = self.child(top, &top.point) {
             // A table of distinct ids cannot have a cycle; malformed input can.
-            if above.len() > self.0.len() {
+            if above.len() > self.mounts.len() {
                 break;
             }
             above.push(next);
@@ -122,16 +155,17 @@ impl<'a> MountTable<'a> {
     /// The topmost mount at `/`.
     fn root(&self) -> Option<&Mount<'a>> {
         let ids: HashSet<MountId> =
-            self.0.iter().filter(|m| *m.point == *b"/").map(|m| m.id).collect();
+            self.mounts.iter().filter(|m| *m.point == *b"/").map(|m| m.id).collect();
         let lowest = self
-            .0
+            .mounts
             .iter()
             .find(|m| *m.point == *b"/" && (m.parent == m.id || !ids.contains(&m.parent)))?;
         Some(self.topmost(lowest))
     }
 
-    fn by_id(&self, id: MountId) -> Option<&Mount<'a>> {
-        self.0.iter().find(|m| m.id == id)
+    /// The mount with this id.
+    pub fn by_id(&self, id: MountId) -> Option<&Mount<'a>> {
+        self.by_id.get(&id).map(|n| &self.mounts[*n])
     }
 
     fn is_stacked(&self, mount: &Mount<'a>) -> bool {
@@ -139,49 +173,116 @@ impl<'a> MountTable<'a> {
             && self.by_id(mount.parent).is_some_and(|parent| parent.point == mount.point)
     }
 
-    /// Whether every mount from `mount` up to the root is the topmost at its mount point.
-    fn reachable(&self, mount: &Mount<'a>, root: &Mount<'a>) -> bool {
-        let mut at = mount;
-        for _ in 0..=self.0.len() {
-            let Some(parent) = self.by_id(at.parent) else { return false };
-            if self.child(parent, &parent.point).is_some_and(|cover| cover.id != at.id) {
-                return false;
-            }
-            if parent.id == root.id {
-                return true;
-            }
-            at = parent;
+    /// The mounts below `root` for which every mount up to it is the topmost at its mount point.
+    fn reachable(&self, root: &Mount<'a>) -> HashSet<MountId> {
+        let mut reachable = HashSet::new();
+        let mut parents = vec![root];
+        while let Some(parent) = parents.pop() {
+            let cover = self.child(parent, &parent.point);
+            let below = self.children(parent).filter(|m| cover.is_none_or(|c| c.id == m.id));
+            parents.extend(below.filter(|m| reachable.insert(m.id)));
         }
-        false
+        reachable
     }
 }
 
-/// `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue`
-fn parse_line(line: &[u8]) -> Option<Mount<'_>> {
-    let mut fields = line.split(|b| *b == b' ');
-    let id = MountId(number(fields.next()?)?);
-    let parent = MountId(number(fields.next()?)?);
-    let dev = std::str::from_utf8(fields.next()?).ok()?;
-    let (major, minor) = dev.split_once(':')?;
-    let dev = Dev { major: major.parse().ok()?, minor: minor.parse().ok()? };
-    let root = unescape(fields.next()?);
-    let point = unescape(fields.next()?);
-    let options = fields.next()?;
-    let mut shared = None;
-    // Optional fields, unknown ones too, end with a lone hyphen.
+/// The limits of what [`filter_lines`] keeps. The paths that matter hold a handful of mounts.
+const MAX_KEPT_LINES: usize = 1024;
+const MAX_KEPT_BYTES: usize = 256 << 10;
+/// The limit of one line, in bytes. What follows in a longer one is not read: the super options.
+const MAX_LINE: u64 = 64 << 10;
+
+/// The reason why a mount table was not read to its end.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    #[error("mount table too large: more than {0} bytes")]
+    TooLong(u64),
+    #[error("mount table too large: too many mounts, or too long ones, on the paths of view files")]
+    TooManyMounts,
+}
+
+/// Reads the lines of a mount table that `keep` accepts, in bounded memory whatever the size of the
+/// table. [`MountTable::parse`] parses the result.
+///
+/// A long line reaches `keep` without its end.
+///
+/// # Errors
+/// Fails if the table has more than `max_bytes`, or too many of its lines are accepted.
+pub fn filter_lines(
+    table: impl Read,
+    max_bytes: u64,
+    keep: impl Fn(&[u8]) -> bool,
+) -> Result<Vec<u8>, ReadError> {
+    let mut table = BufReader::new(table.take(max_bytes.saturating_add(1)));
+    let (mut kept, mut lines, mut read) = (Vec::new(), 0, 0);
+    let mut line = Vec::new();
     loop {
-        match fields.next()? {
-            b"-" => break,
-            field => {
-                if let Some(group) = field.strip_prefix(b"shared:") {
-                    shared = Some(number(group)?);
+        line.clear();
+        read += (&mut table).take(MAX_LINE).read_until(b'\n', &mut line)?;
+        let whole = line.ends_with(b"\n");
+        if !whole {
+            read += table.skip_until(b'\n')?;
+        }
+        if read as u64 > max_bytes {
+            return Err(ReadError::TooLong(max_bytes));
+        }
+        if line.is_empty() {
+            return Ok(kept);
+        }
+        if !keep(&line) {
+            continue;
+        }
+        lines += 1;
+        let unparsable = !whole && line.len() as u64 == MAX_LINE && Mount::parse(&line).is_none();
+        if unparsable || lines > MAX_KEPT_LINES || kept.len() + line.len() > MAX_KEPT_BYTES {
+            return Err(ReadError::TooManyMounts);
+        }
+        kept.extend_from_slice(&line);
+        if !whole {
+            kept.push(b'\n');
+        }
+    }
+}
+
+/// The mount point of a line, unescaped; `None` if the line does not reach beyond it.
+pub fn mount_point(line: &[u8]) -> Option<Cow<'_, [u8]>> {
+    let mut fields = line.split(|b| *b == b' ');
+    let point = fields.nth(4)?;
+    fields.next()?;
+    Some(unescape(point))
+}
+
+impl<'a> Mount<'a> {
+    /// Parses one line:
+    /// `36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue`
+    pub fn parse(line: &'a [u8]) -> Option<Self> {
+        let mut fields = line.split(|b| *b == b' ');
+        let id = MountId(number(fields.next()?)?);
+        let parent = MountId(number(fields.next()?)?);
+        let dev = std::str::from_utf8(fields.next()?).ok()?;
+        let (major, minor) = dev.split_once(':')?;
+        let dev = Dev { major: major.parse().ok()?, minor: minor.parse().ok()? };
+        let root = unescape(fields.next()?);
+        let point = unescape(fields.next()?);
+        let options = fields.next()?;
+        let mut shared = None;
+        // Optional fields, unknown ones too, end with a lone hyphen.
+        loop {
+            match fields.next()? {
+                b"-" => break,
+                field => {
+                    if let Some(group) = field.strip_prefix(b"shared:") {
+                        shared = Some(number(group)?);
+                    }
                 }
             }
         }
+        let fstype = unescape(fields.next()?);
+        fields.next()?; // The source; the super options after it are not used.
+        Some(Mount { id, parent, dev, root, point, options, shared, fstype })
     }
-    let fstype = unescape(fields.next()?);
-    fields.next()?; // The source; the super options after it are not used.
-    Some(Mount { id, parent, dev, root, point, options, shared, fstype })
 }
 
 fn number<T: FromStr>(field: &[u8]) -> Option<T> {
@@ -241,8 +342,8 @@ mod tests {
         let line =
             b"1 0 0:1 / /a\\040b\\011c\\012d\\134e\\043f\xff\\9\\04 rw - fuse.\\134\\040 none rw";
         let table = MountTable::parse(line).unwrap();
-        assert_eq!(*table.0[0].point, *b"/a b\tc\nd\\e#f\xff\\9\\04");
-        assert_eq!(*table.0[0].fstype, *b"fuse.\\ ");
+        assert_eq!(*table.mounts()[0].point, *b"/a b\tc\nd\\e#f\xff\\9\\04");
+        assert_eq!(*table.mounts()[0].fstype, *b"fuse.\\ ");
     }
 
     #[test]
@@ -278,12 +379,86 @@ mod tests {
         path.iter().flat_map(escape).collect()
     }
 
+    /// The searches without an index, as a reference.
+    mod naive {
+        use super::*;
+
+        pub(super) fn top<'t>(mounts: &'t [Mount<'t>], path: &[u8]) -> Option<&'t Mount<'t>> {
+            let root = root(mounts)?;
+            let lowest = mounts.iter().rev().find(|m| {
+                *m.point == *path && !is_stacked(mounts, m) && reachable(mounts, m, root)
+            });
+            if path == b"/" { Some(root) } else { lowest.map(|lowest| topmost(mounts, lowest)) }
+        }
+
+        pub(super) fn child<'t>(
+            mounts: &'t [Mount<'t>],
+            parent: &Mount<'_>,
+            point: &[u8],
+        ) -> Option<&'t Mount<'t>> {
+            mounts.iter().find(|m| m.parent == parent.id && m.id != parent.id && *m.point == *point)
+        }
+
+        fn topmost<'t>(mounts: &'t [Mount<'t>], lowest: &'t Mount<'t>) -> &'t Mount<'t> {
+            let above = |m: &&'t Mount<'t>| child(mounts, m, &m.point);
+            std::iter::successors(Some(lowest), above).last().unwrap_or(lowest)
+        }
+
+        fn root<'t>(mounts: &'t [Mount<'t>]) -> Option<&'t Mount<'t>> {
+            let at_root = || mounts.iter().filter(|m| *m.point == *b"/");
+            let lowest = at_root().find(|m| !at_root().any(|below| below.id == m.parent))?;
+            Some(topmost(mounts, lowest))
+        }
+
+        fn parent<'t>(mounts: &'t [Mount<'t>], mount: &Mount<'_>) -> Option<&'t Mount<'t>> {
+            mounts.iter().find(|m| m.id == mount.parent)
+        }
+
+        fn is_stacked(mounts: &[Mount<'_>], mount: &Mount<'_>) -> bool {
+            parent(mounts, mount).is_some_and(|parent| parent.point == mount.point)
+        }
+
+        fn reachable(mounts: &[Mount<'_>], mount: &Mount<'_>, root: &Mount<'_>) -> bool {
+            let Some(parent) = parent(mounts, mount) else { return false };
+            let uncovered = child(mounts, parent, &parent.point).is_none_or(|c| c.id == mount.id);
+            uncovered && (parent.id == root.id || reachable(mounts, parent, root))
+        }
+    }
+
+    const POINTS: [&str; 5] = ["/", "/a", "/a/b", "/proc", "/proc/meminfo"];
+
+    /// The lines of a tree of mounts, in any order.
+    fn trees() -> impl Strategy<Value = Vec<String>> {
+        let mount = (any::<prop::sample::Index>(), 0..POINTS.len());
+        let lines = proptest::collection::vec(mount, 1..30).prop_map(|mounts| {
+            let line = |(n, (parent, point)): (usize, (prop::sample::Index, usize))| {
+                let (parent, point) = if n == 0 { (0, 0) } else { (1 + parent.index(n), point) };
+                format!("{} {parent} 0:1 / {} rw - t s o\n", n + 1, POINTS[point])
+            };
+            mounts.into_iter().enumerate().map(line).collect::<Vec<_>>()
+        });
+        lines.prop_shuffle()
+    }
+
     proptest! {
+        #[test]
+        fn index_finds_what_a_plain_search_finds(lines in trees()) {
+            let text = lines.concat();
+            let table = MountTable::parse(text.as_bytes()).unwrap();
+            for point in POINTS.map(str::as_bytes) {
+                prop_assert_eq!(table.top(point), naive::top(table.mounts(), point));
+                for parent in table.mounts() {
+                    let expected = naive::child(table.mounts(), parent, point);
+                    prop_assert_eq!(table.child(parent, point), expected);
+                }
+            }
+        }
+
         #[test]
         fn any_path_survives_escaping(path in proptest::collection::vec(1u8.., 0..40)) {
             let line = [b"1 0 0:1 / ".as_slice(), &escaped(&path), b" rw - t s o"].concat();
             let table = MountTable::parse(&line).unwrap();
-            prop_assert_eq!(&*table.0[0].point, &path[..]);
+            prop_assert_eq!(&*table.mounts()[0].point, &path[..]);
         }
 
         #[test]

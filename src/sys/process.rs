@@ -1,4 +1,5 @@
-//! A process held by its pidfd, so that its pid cannot come to mean another process.
+//! A process held by its pidfd, so that its pid cannot come to mean another process, or a thread
+//! held by its mount namespace.
 
 use std::{
     io,
@@ -11,11 +12,12 @@ use rustix::{
     process::{Pid, PidfdFlags},
 };
 
-/// A process by pid and pidfd.
+/// A process by pid and pidfd, or a thread by its id and mount namespace.
 #[derive(Debug)]
 pub struct Process {
     pid: Pid,
-    pidfd: OwnedFd,
+    /// The pidfd, or the thread's mount namespace. setns(2) takes either.
+    handle: OwnedFd,
     root: PathBuf,
 }
 
@@ -54,7 +56,7 @@ impl Process {
                 }
                 e => ProcessError::Open(pid, e.into()),
             })?;
-        let process = Process { pid: checked, pidfd, root: PathBuf::from("/") };
+        let process = Process { pid: checked, handle: pidfd, root: PathBuf::from("/") };
         let flags =
             procfs::process::Process::new(raw).and_then(|p| p.stat()).map(|stat| stat.flags);
         match flags {
@@ -63,6 +65,22 @@ impl Process {
             Err(_) if !process.is_alive() => Err(ProcessError::NotFound(pid)),
             Err(e) => Err(ProcessError::Open(pid, io::Error::other(e))),
         }
+    }
+
+    /// Opens a thread that is in another mount namespace than its process, to enter that namespace.
+    /// A pidfd cannot serve: before kernel 6.9 there is none of a thread.
+    ///
+    /// # Errors
+    /// Fails if there is no such thread.
+    pub fn open_thread(pid: i64, tid: i64) -> Result<Process, ProcessError> {
+        let checked = i32::try_from(tid).ok().and_then(Pid::from_raw);
+        let checked = checked.ok_or(ProcessError::InvalidPid(tid))?;
+        let namespace = std::fs::File::open(format!("/proc/{pid}/task/{tid}/ns/mnt"));
+        let namespace = namespace.map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => ProcessError::NotFound(tid),
+            _ => ProcessError::Open(tid, e),
+        })?;
+        Ok(Process { pid: checked, handle: namespace.into(), root: PathBuf::from("/") })
     }
 
     /// Sets the root of a container that has not yet changed it (pivot_root(2)), as when a runtime
@@ -81,9 +99,10 @@ impl Process {
         self.pid.as_raw_nonzero().get()
     }
 
-    /// Whether it has not exited. If true, the pid has referred to this process until now.
+    /// Whether it has not exited. If true, the pid has referred to this process until now. Of a
+    /// thread this is unknown, hence false.
     pub fn is_alive(&self) -> bool {
-        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        let mut fds = [PollFd::new(&self.handle, PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         matches!(rustix::event::poll(&mut fds, Some(&now)), Ok(0))
     }
@@ -91,7 +110,7 @@ impl Process {
 
 impl AsFd for Process {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
+        self.handle.as_fd()
     }
 }
 

@@ -16,6 +16,7 @@ mod hook;
 mod hostile_lxcfs;
 mod hostile_mounts;
 mod hostile_pods;
+mod hostile_tables;
 mod http;
 mod isolation;
 mod kubernetes;

@@ -1,0 +1,89 @@
+//! The mount namespaces of this node, each by a process or thread that is in it.
+
+use std::{collections::HashSet, io, os::unix::fs::MetadataExt, sync::Arc};
+
+use super::process::{Process, ProcessError};
+
+/// A search for the mount namespaces of this node. It finds each namespace once, and not our own.
+#[derive(Debug)]
+pub struct Scan {
+    /// Device and inode number.
+    seen: HashSet<(u64, u64)>,
+}
+
+impl Scan {
+    /// # Errors
+    /// Fails if `/proc` is not mounted.
+    pub fn new() -> io::Result<Scan> {
+        Ok(Scan { seen: HashSet::from([namespace("/proc/self")?]) })
+    }
+
+    /// One process of every namespace that the main thread of a process is in.
+    ///
+    /// # Errors
+    /// Fails if `/proc` cannot be listed.
+    pub fn processes(&mut self) -> io::Result<Vec<Arc<Process>>> {
+        let mut found = Vec::new();
+        for pid in numbers("/proc")? {
+            found.extend(self.take(&format!("/proc/{pid}"), || Process::open(pid)));
+        }
+        Ok(found)
+    }
+
+    /// One thread of every other namespace: a thread can leave the namespace of its process, or
+    /// outlive the main thread, whose namespace is then unknown.
+    ///
+    /// # Errors
+    /// Fails if `/proc` cannot be listed.
+    pub fn threads(&mut self) -> io::Result<Vec<Arc<Process>>> {
+        let mut found = Vec::new();
+        let own = i64::from(std::process::id());
+        for pid in numbers("/proc")?.filter(|pid| *pid != own) {
+            let tasks = format!("/proc/{pid}/task");
+            // One link for each thread, beside `.` and `..` (proc_task_getattr() in fs/proc/base.c).
+            if std::fs::metadata(&tasks).map_or(0, |tasks| tasks.nlink()) <= 3 {
+                continue;
+            }
+            // A process may exit at any moment.
+            for tid in numbers(&tasks).into_iter().flatten().filter(|tid| *tid != pid) {
+                let open = || Process::open_thread(pid, tid);
+                found.extend(self.take(&format!("{tasks}/{tid}"), open));
+            }
+        }
+        Ok(found)
+    }
+
+    /// All that [`Scan::processes`] and [`Scan::threads`] find.
+    ///
+    /// # Errors
+    /// Fails if `/proc` cannot be listed.
+    pub fn all() -> io::Result<Vec<Arc<Process>>> {
+        let mut scan = Scan::new()?;
+        let mut found = scan.processes()?;
+        found.extend(scan.threads()?);
+        Ok(found)
+    }
+
+    /// Opens the task in this directory if its namespace is new.
+    fn take(
+        &mut self,
+        task: &str,
+        open: impl FnOnce() -> Result<Process, ProcessError>,
+    ) -> Option<Arc<Process>> {
+        // A task may exit at any moment, and a zombie has no namespace.
+        let namespace = namespace(task).ok().filter(|id| !self.seen.contains(id))?;
+        let process = open().ok()?;
+        self.seen.insert(namespace);
+        Some(Arc::new(process))
+    }
+}
+
+fn namespace(task: &str) -> io::Result<(u64, u64)> {
+    std::fs::metadata(format!("{task}/ns/mnt")).map(|m| (m.dev(), m.ino()))
+}
+
+/// The entries of a directory of `/proc` that are numbers.
+fn numbers(path: &str) -> io::Result<impl Iterator<Item = i64>> {
+    let entries = std::fs::read_dir(path)?;
+    Ok(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()))
+}
