@@ -85,7 +85,8 @@ fn growth() {
                 format!("  times {:.1}, {:.1}, {:.1}", ratio(0), ratio(1), ratio(2))
             });
             println!(
-                "{size:>7} mounts {shape:8} parse {parse:>9.1?}  top {top:>9.1?}  read {read:>9.1?}{}",
+                "{size:>7} mounts {shape:8} parse {parse:>9.1?}  top {top:>9.1?}  \
+                 read {read:>9.1?}{}",
                 grown.unwrap_or_default()
             );
             last = Some(times);

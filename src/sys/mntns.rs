@@ -40,7 +40,7 @@ impl Scan {
         let own = i64::from(std::process::id());
         for pid in numbers("/proc")?.filter(|pid| *pid != own) {
             let tasks = format!("/proc/{pid}/task");
-            // One link for each thread, beside `.` and `..` (proc_task_getattr() in fs/proc/base.c).
+            // One link for each thread, beside `.` and `..` (proc_task_getattr(), fs/proc/base.c).
             if std::fs::metadata(&tasks).map_or(0, |tasks| tasks.nlink()) <= 3 {
                 continue;
             }

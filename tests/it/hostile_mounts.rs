@@ -16,7 +16,7 @@ use futures::future::{Either, select};
 
 use kube_lxcfs::{
     model::view::{FileSet, ViewFile},
-    mount::{self, IfLocked, LxcfsFiles, Outcome, Task, Workers},
+    mount::{self, IfLocked, LxcfsFiles, Outcome, TableLimit, Task, Workers},
     plan::DesiredView,
     sys::process::Process,
 };
@@ -240,7 +240,13 @@ fn held_lock_delays_only_its_own_container() {
                 let process = Process::open(i64::from(pid)).unwrap();
                 let task = Task::reconcile(desired, lxcfs.cloned());
                 workers.run(move |context| {
-                    mount::reconcile_blocking(context, &process, &task, IfLocked::Fail)
+                    mount::reconcile_blocking(
+                        context,
+                        &process,
+                        &task,
+                        IfLocked::Fail,
+                        TableLimit::Large,
+                    )
                 })
             };
             let idle = attempt(hostile[0].pid, DesiredView::Absent, None).await.unwrap();
