@@ -203,7 +203,7 @@ pub enum ReadError {
     TooManyMounts,
 }
 
-/// Reads the lines of a mount table that `keep` accepts, in bounded memory whatever the size of the
+/// Reads the lines of a mount table that `keep` accepts, in bounded memory for any size of the
 /// table. [`MountTable::parse`] parses the result.
 ///
 /// A long line reaches `keep` without its end.
