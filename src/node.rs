@@ -27,6 +27,8 @@ use crate::{
 
 /// The limit of namespaces that are worked on concurrently.
 const CONCURRENCY: usize = 128;
+/// As [`CONCURRENCY`], for the second and further namespaces of containers.
+const FURTHER_CONCURRENCY: usize = 4;
 /// The limit of containers with large mount tables that are worked on concurrently.
 const LARGE_CONCURRENCY: usize = 2;
 /// The time that the large mount tables of one container may take in a pass over the node.
@@ -35,8 +37,8 @@ const LARGE_BUDGET: Duration = Duration::from_secs(5);
 type Done<T> = (Arc<Process>, Result<T, mount::Error>);
 
 /// Works on every process, such that no container delays the others much. The first namespace of
-/// each container comes first, then the second of each. Those with large mount tables come last, a
-/// few at a time, and with a limit of time for each container.
+/// each container comes first. When these are done, the second of each follows, and so on, a few at
+/// a time. Those with large mount tables come last, with a limit of time for each container.
 async fn for_each<T, F>(
     processes: Vec<Arc<Process>>,
     work: impl Fn(Arc<Process>, TableLimit) -> F,
@@ -49,9 +51,13 @@ where
         let done = work(process.clone(), limit);
         async move { (process, done.await) }
     };
-    let ordered = interleave(processes, |process| container(process));
-    let normal = stream::iter(ordered).map(|process| work(process, TableLimit::Normal));
-    let normal: Vec<Done<T>> = normal.buffer_unordered(CONCURRENCY).collect().await;
+    let work = &work;
+    let (first, further) = take_turns(processes, |process| container(process));
+    let mut normal: Vec<Done<T>> = Vec::new();
+    for (processes, concurrency) in [(first, CONCURRENCY), (further, FURTHER_CONCURRENCY)] {
+        let done = stream::iter(processes).map(|process| work(process, TableLimit::Normal));
+        normal.extend(done.buffer_unordered(concurrency).collect::<Vec<Done<T>>>().await);
+    }
     let is_large = |(_, done): &Done<T>| {
         matches!(done, Err(mount::Error::LargeTable { cause: ReadError::TooLong(_), .. }))
     };
@@ -61,7 +67,6 @@ where
         let key = container(&process).ok_or(process.pid());
         groups.entry(key).or_default().push((process, refused));
     }
-    let work = &work;
     let large = stream::iter(groups.into_values()).map(|group| async move {
         let started = Instant::now();
         let mut done = Vec::new();
@@ -85,18 +90,23 @@ where
     done
 }
 
-/// Orders the processes: the first of each container, then the second of each, and so on.
-fn interleave<P>(processes: Vec<P>, container: impl Fn(&P) -> Option<ContainerId>) -> Vec<P> {
+/// The first process of each container; then the second of each, the third of each, and so on.
+fn take_turns<P>(
+    processes: Vec<P>,
+    container: impl Fn(&P) -> Option<ContainerId>,
+) -> (Vec<P>, Vec<P>) {
     let mut counts: HashMap<ContainerId, usize> = HashMap::new();
     let mut rank = |process: &P| {
         let count = counts.entry(container(process)?).or_default();
         *count += 1;
         Some(*count)
     };
-    let mut ranked: Vec<(usize, P)> =
+    let ranked: Vec<(usize, P)> =
         processes.into_iter().map(|process| (rank(&process).unwrap_or(1), process)).collect();
-    ranked.sort_by_key(|(rank, _)| *rank);
-    ranked.into_iter().map(|(_, process)| process).collect()
+    let (first, mut further): (Vec<_>, Vec<_>) = ranked.into_iter().partition(|(n, _)| *n == 1);
+    further.sort_by_key(|(rank, _)| *rank);
+    let processes = |ranked: Vec<(usize, P)>| ranked.into_iter().map(|(_, p)| p).collect();
+    (processes(first), processes(further))
 }
 
 /// A mount namespace with a view.
@@ -356,8 +366,11 @@ mod tests {
             |(name, _): &(&str, u32)| (*name != "none").then(|| ContainerId::new(name).unwrap());
         let processes =
             [("a", 1), ("a", 2), ("a", 3), ("none", 4), ("b", 5), ("none", 6), ("b", 7)];
-        let order = interleave(processes.to_vec(), container);
-        let order: Vec<u32> = order.into_iter().map(|(_, number)| number).collect();
-        assert_eq!(order, [1, 4, 5, 6, 2, 7, 3]);
+        let (first, further) = take_turns(processes.to_vec(), container);
+        let numbers = |processes: Vec<(&str, u32)>| {
+            processes.into_iter().map(|(_, number)| number).collect::<Vec<_>>()
+        };
+        assert_eq!(numbers(first), [1, 4, 5, 6]);
+        assert_eq!(numbers(further), [2, 7, 3]);
     }
 }
