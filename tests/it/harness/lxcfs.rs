@@ -8,7 +8,7 @@ use std::{
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
-use super::{Running, eventually, kube_lxcfs, program, send, stderr, unmount};
+use super::{Running, eventually, kube_lxcfs, own_mountinfo, program, send, stderr, unmount};
 
 /// An lxcfs without a supervisor.
 #[derive(Debug)]
@@ -120,8 +120,15 @@ impl Supervised {
         self.previous.push(std::mem::replace(&mut self.supervisor, supervisor));
     }
 
+    /// Waits until it serves, read-only: from a writable one `cpu` is not injected.
     pub(crate) fn wait_until_serving(&self) {
         wait_until_serving(&self.path, &self.supervisor);
+        let read_only =
+            |line: &str| line.split(' ').nth(4) == Some(self.path()) && line.contains(" lxcfs ro,");
+        eventually("lxcfs is read-only", || {
+            let table = own_mountinfo();
+            if table.lines().any(read_only) { Ok(()) } else { Err(table) }
+        });
     }
 
     /// The pid of the lxcfs that the supervisor runs now.
