@@ -134,7 +134,7 @@ fn with_clones(
         Step::Adopt { .. } => of_lxcfs(step, Ownership::PodProvided),
         Step::Cover { with: CoverFile::Lxcfs, .. } => of_lxcfs(step, Ownership::Cover),
         Step::Cover { with: CoverFile::Node, file, .. } => Some(
-            context.own_file(file).and_then(|own| clone_detached(own.as_fd(), Ownership::Cover)),
+            context.clone_own_file(file).and_then(|own| with_view_attrs(own, Ownership::Cover)),
         ),
         Step::Remove { .. } => None,
     };
@@ -153,12 +153,15 @@ fn with_clones(
 
 /// Makes a detached mount of one view file, with the options of a view.
 fn clone_detached(file: BorrowedFd<'_>, ownership: Ownership) -> io::Result<OwnedFd> {
-    let clone = clone(file)?;
-    sys::set_view_attrs(&clone, ownership)?;
-    Ok(clone)
+    with_view_attrs(clone(file)?, ownership)
 }
 
-fn clone(file: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
+fn with_view_attrs(detached: OwnedFd, ownership: Ownership) -> io::Result<OwnedFd> {
+    sys::set_view_attrs(&detached, ownership)?;
+    Ok(detached)
+}
+
+pub(super) fn clone(file: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;

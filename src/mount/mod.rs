@@ -9,6 +9,7 @@ mod driver;
 mod liveness;
 mod namespace;
 pub mod observe;
+mod sysfs;
 pub mod table;
 mod workers;
 

@@ -13,7 +13,8 @@ use rustix::{
 
 use super::{
     Error,
-    driver::{EnteredNs, check_fstype},
+    driver::{EnteredNs, check_fstype, clone},
+    sysfs::ReadOnlySysfs,
 };
 use crate::{
     model::view::{BaseFs, ViewFile},
@@ -151,15 +152,29 @@ impl WorkerContext {
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).ok().map(|()| file)
     }
 
-    /// The node's own file for a view file, from the trusted `/proc`.
+    /// Makes a detached mount of the node's own file for a view file: from the trusted `/proc`, or
+    /// from a sysfs that no user namespace can make writable.
     ///
     /// # Errors
-    /// Fails for a file of sysfs: a user namespace that has it as a mount of its own could make
-    /// that writable. Fails if another mount is on the file.
-    pub(super) fn own_file(&self, file: ViewFile) -> io::Result<OwnedFd> {
-        if file.base() == BaseFs::Sysfs {
-            return Err(io::Error::other("the node's sysfs is not mounted in a user namespace"));
+    /// Fails if another mount is on the file, or that sysfs cannot be mounted.
+    pub(super) fn clone_own_file(&self, file: ViewFile) -> io::Result<OwnedFd> {
+        match file.base() {
+            BaseFs::Procfs => Ok(clone(self.own_procfs_file(file)?.as_fd())?),
+            BaseFs::Sysfs => {
+                let sysfs = ReadOnlySysfs::shared()?;
+                let own = sysfs.open(file)?;
+                // Only mounts of the namespace that the thread is in can be cloned.
+                let kind = Some(LinkNameSpaceType::Mount);
+                rustix::thread::move_into_link_name_space(sysfs.namespace(), kind)?;
+                let restore = RestoreNs(self);
+                let cloned = clone(own.as_fd());
+                drop(restore);
+                Ok(cloned?)
+            }
         }
+    }
+
+    fn own_procfs_file(&self, file: ViewFile) -> io::Result<OwnedFd> {
         let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let own = rustix::fs::openat2(
             &self.proc,
