@@ -12,6 +12,14 @@ check_line_width() {
     [ -z "$wide" ] || fail "lines over 100 columns:"$'\n'"$wide"
 }
 
+# Every test that docs/security.md names, in the last column of its tables, exists.
+check_named_tests() {
+    local name
+    while read -r name; do
+        grep -rqw "fn $name" src tests || fail "docs/security.md names no test: $name"
+    done < <(awk -F'|' 'NF == 5 { print $4 }' docs/security.md | grep -oE '[a-z_]{9,}')
+}
+
 # The advisory database is a git repository, which not every machine reaches.
 check_advisories() {
     local output
@@ -35,6 +43,7 @@ cargo fmt --check --manifest-path fuzz/Cargo.toml
 hack/check-layers.sh
 cargo clippy --locked --all-targets -- -D warnings
 cargo check --locked --quiet --manifest-path fuzz/Cargo.toml --target-dir target/fuzz
+check_named_tests
 say "dependencies"
 cargo deny --log-level error check bans licenses sources
 check_advisories

@@ -8,14 +8,14 @@ use serde_json::json;
 use crate::harness::*;
 
 /// A container with a file system of its own that passes for a view of `/proc/meminfo`.
-struct Fake {
-    container: Bare,
+pub(super) struct Fake {
+    pub(super) container: Bare,
     _dir: tempfile::TempDir,
 }
 
 impl Fake {
     /// `mode`: `hang`, or the error of every open.
-    fn start(mode: &str) -> Fake {
+    pub(super) fn start(mode: &str) -> Fake {
         Fake::by(Path::new("/dev/fuse"), mode)
     }
 
@@ -41,7 +41,7 @@ impl Fake {
         (major.to_owned(), minor.to_owned())
     }
 
-    fn has_view(&self) -> bool {
+    pub(super) fn has_view(&self) -> bool {
         views(&self.container.mountinfo()) == ["/proc/meminfo"]
     }
 }

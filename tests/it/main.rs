@@ -8,6 +8,7 @@
     reason = "tests fail by panicking, and are read for what they want"
 )]
 
+mod chaos;
 mod chart;
 mod command_line;
 mod containers;

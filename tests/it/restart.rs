@@ -21,21 +21,21 @@ fn injected(readers: &[Reader]) {
     readers.iter().for_each(|reader| has_views("the reader", reader.pid(), ALWAYS.len()));
 }
 
-fn removed(readers: &[Reader]) {
+pub(super) fn removed(readers: &[Reader]) {
     readers.iter().for_each(|reader| has_views("the reader", reader.pid(), 0));
 }
 
 /// A node whose pods are the readers: an API server, an agent, a supervised lxcfs.
-struct Node {
-    readers: Vec<Reader>,
-    agent: Running,
-    lxcfs: Supervised,
-    pods: Pods,
-    dir: tempfile::TempDir,
+pub(super) struct Node {
+    pub(super) readers: Vec<Reader>,
+    pub(super) agent: Running,
+    pub(super) lxcfs: Supervised,
+    pub(super) pods: Pods,
+    pub(super) dir: tempfile::TempDir,
 }
 
 impl Node {
-    fn start(n: usize, lxcfs_args: &[&str]) -> Node {
+    pub(super) fn start(n: usize, lxcfs_args: &[&str]) -> Node {
         let (lxcfs, readers, pods) = (Supervised::start(lxcfs_args), readers(n), Pods::start());
         for (n, reader) in readers.iter().enumerate() {
             pods.run(&format!("pod-{n}"), &reader.id, json!({"kube-lxcfs.io/inject": "true"}));
@@ -47,7 +47,7 @@ impl Node {
         node
     }
 
-    fn agent(dir: &Path, pods: &Pods, lxcfs_path: &str) -> Running {
+    pub(super) fn agent(dir: &Path, pods: &Pods, lxcfs_path: &str) -> Running {
         agent_of(dir, pods, lxcfs_path, &[])
     }
 
@@ -79,7 +79,7 @@ fn agent_of(dir: &Path, pods: &Pods, lxcfs_path: &str, more: &[&str]) -> Running
 }
 
 /// The device of the lxcfs that is mounted at a path of the node.
-fn serving_dev(path: &str) -> Option<String> {
+pub(super) fn serving_dev(path: &str) -> Option<String> {
     let table = own_mountinfo();
     let mut at_path = table.lines().rev().filter(|l| l.split(' ').nth(4) == Some(path));
     let top = at_path.next().filter(|l| l.contains(" - fuse.lxcfs "))?;
@@ -87,7 +87,7 @@ fn serving_dev(path: &str) -> Option<String> {
 }
 
 /// The devices of the managed view files in a mount table.
-fn managed_devs(table: &str) -> Vec<String> {
+pub(super) fn managed_devs(table: &str) -> Vec<String> {
     let managed = table.lines().filter(|l| l.contains("noexec,noatime - fuse.lxcfs "));
     managed.map(|l| l.split(' ').nth(2).unwrap().to_owned()).collect()
 }
@@ -272,101 +272,6 @@ fn pod_provided_files_stay_unless_adopted() {
         let seen = reader.stop();
         assert!(seen.own > 0 && seen.errors == 0, "{seen:?}");
     });
-}
-
-/// A small random number generator (xorshift): a seed is all that repeats a run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % n
-    }
-}
-
-/// A number from the environment, or the default.
-fn number(variable: &str, default: u64) -> u64 {
-    std::env::var(variable)
-        .map_or(default, |n| n.parse().unwrap_or_else(|e| panic!("invalid {variable} '{n}': {e}")))
-}
-
-/// Everything that can happen to a node, one after the other at random moments: 200 rounds, or
-/// `CHAOS_ROUNDS`. Most of the time passes in the supervisor's backoff.
-#[test]
-fn chaos_converges_to_desired_state() {
-    isolated(|| {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
-        let seed = number("KUBE_LXCFS_SEED", u64::from(now.subsec_nanos()) | 1);
-        println!("KUBE_LXCFS_SEED={seed}");
-        let mut random = Random(seed);
-        let mut node = Node::start(4, &["--watchdog", "600ms"]);
-        let mut desired = [true; 4];
-        for round in 1..=number("CHAOS_ROUNDS", 200) {
-            disturb(&mut node, &mut desired, &mut random);
-            std::thread::sleep(Duration::from_millis(random.below(120)));
-            if round % 25 == 0 {
-                converges(&node, &desired, &format!("round {round} of seed {seed}"));
-            }
-        }
-        node.lxcfs.supervisor.terminate();
-        removed(&node.readers);
-        let path = node.lxcfs.path.clone();
-        unmount(&path);
-        drop(node);
-        let left = own_mountinfo().matches(path.to_str().unwrap()).count();
-        assert_eq!(left, 0, "the node's own mount table is as before");
-    });
-}
-
-fn disturb(node: &mut Node, desired: &mut [bool; 4], random: &mut Random) {
-    let covered =
-        own_mountinfo().lines().any(|l| l.contains(node.lxcfs.path()) && l.contains("tmpfs"));
-    match random.below(7) {
-        0 | 1 => node.lxcfs.signal_lxcfs(Signal::SIGKILL),
-        2 => node.lxcfs.signal_lxcfs(Signal::SIGSTOP),
-        3 => {
-            node.lxcfs.supervisor.signal(Signal::SIGKILL);
-            node.lxcfs.restart();
-        }
-        4 => {
-            node.agent.kill();
-            node.agent = Node::agent(node.dir.path(), &node.pods, node.lxcfs.path());
-        }
-        5 => {
-            let pod = usize::try_from(random.below(4)).unwrap();
-            desired[pod] = !desired[pod];
-            let inject = desired[pod].to_string();
-            node.pods.annotate(&format!("pod-{pod}"), json!({"kube-lxcfs.io/inject": inject}));
-        }
-        _ if covered || random.below(2) == 0 => unmount(&node.lxcfs.path),
-        _ => {
-            let flags = nix::mount::MsFlags::empty();
-            let path = &node.lxcfs.path;
-            let _ = nix::mount::mount(Some("none"), path, Some("tmpfs"), flags, None::<&str>);
-        }
-    }
-}
-
-/// Waits until every desired view is current, and there is no other.
-fn converges(node: &Node, desired: &[bool], when: &str) {
-    for (reader, desired) in node.readers.iter().zip(desired) {
-        eventually(when, || {
-            let serving = serving_dev(node.lxcfs.path()).ok_or("lxcfs is not mounted")?;
-            let table = reader.mountinfo();
-            let all = views(&table);
-            let mut distinct = all.clone();
-            distinct.dedup();
-            let current = managed_devs(&table).iter().all(|dev| *dev == serving);
-            let count = if *desired { ALWAYS.len() } else { 0 };
-            if all.len() == count && current && all == distinct {
-                Ok(())
-            } else {
-                Err(format!("desired {desired}, serving {serving}: {table}"))
-            }
-        });
-    }
 }
 
 /// As `ExecStartPost=` of a unit, `remount --all` runs before lxcfs serves.

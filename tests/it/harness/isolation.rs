@@ -14,8 +14,9 @@ use super::{program, stderr, stdout};
 
 /// Set for a test that runs isolated: the name of its directory and of its cgroups.
 const TOKEN: &str = "KUBE_LXCFS_TEST_TOKEN";
-/// A test that takes longer hangs.
+/// A test that takes longer than this time, in seconds, hangs. Long runs set another one.
 const TIMEOUT: &str = "1200";
+const TIMEOUT_VARIABLE: &str = "KUBE_LXCFS_TEST_TIMEOUT";
 
 /// Runs `body`, the body of a test, isolated.
 ///
@@ -28,11 +29,12 @@ pub(crate) fn isolated<F: FnOnce()>(body: F) {
     let test = name_of::<F>();
     let dir = tempfile::Builder::new().prefix("kl").tempdir().unwrap();
     let token = dir.path().file_name().unwrap().to_str().unwrap().to_owned();
+    let timeout = std::env::var(TIMEOUT_VARIABLE).unwrap_or_else(|_| TIMEOUT.to_owned());
     let set_up = "mount -t tmpfs none \"$1\" && mount -t tmpfs none /run \
                   && busybox ip link set lo up && shift && \"$@\"; exit $?";
     // The shell is PID 1 of the namespace and reaps orphans.
     let output = program("setpriv")
-        .args(["--pdeathsig", "KILL", "timeout", "-s", "KILL", TIMEOUT])
+        .args(["--pdeathsig", "KILL", "timeout", "-s", "KILL", &timeout])
         .args(["unshare", "--mount", "--propagation", "private", "--net"])
         .args(["--pid", "--fork", "--kill-child", "--mount-proc"])
         .args(["sh", "-c", set_up, "sh"])
