@@ -24,16 +24,12 @@ use crate::{
 /// The interval between the searches of [`wait_until_serving`].
 const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
-/// The time for a supervisor to make a new lxcfs read-only, and the interval between checks.
-const READ_ONLY_GRACE: Duration = Duration::from_secs(1);
-const READ_ONLY_POLL: Duration = Duration::from_millis(5);
-
 /// Finds the lxcfs that serves at `path`, checks that it responds, and opens its view files.
 ///
 /// # Errors
 /// Fails if there is none, or it does not respond within the workers' deadline.
 pub async fn find(workers: &Workers, path: &Path) -> Result<Arc<LxcfsFiles>, Error> {
-    Finder { grace: Duration::ZERO, ..Finder::new(path) }.find(workers).await
+    Finder::new(path).find(workers).await
 }
 
 /// As [`find`], but waits up to `timeout` for an lxcfs that is starting.
@@ -62,10 +58,6 @@ pub async fn wait_until_serving(
 pub struct Finder {
     path: PathBuf,
     pending: Arc<Mutex<Option<PendingProbe>>>,
-    /// The time for a new lxcfs to become read-only.
-    grace: Duration,
-    /// The lxcfs that was found last.
-    found: Arc<Mutex<Option<Identity>>>,
 }
 
 /// A probe that timed out and has not returned.
@@ -78,12 +70,7 @@ struct PendingProbe {
 
 impl Finder {
     pub fn new(path: &Path) -> Finder {
-        Finder {
-            path: path.to_owned(),
-            pending: Arc::default(),
-            grace: READ_ONLY_GRACE,
-            found: Arc::default(),
-        }
+        Finder { path: path.to_owned(), pending: Arc::default() }
     }
 
     pub fn path(&self) -> &Path {
@@ -101,14 +88,9 @@ impl Finder {
             }
         }
         let path = self.path.clone();
-        let is_new = *lock(&self.found) != identity;
-        let grace = if is_new { self.grace } else { Duration::ZERO };
-        let timed_out = match workers.run(move |_| open(&path, grace)).await {
+        let timed_out = match workers.run(move |_| open(&path)).await {
             Ok(found) => {
                 *self.pending() = None;
-                if found.is_ok() {
-                    *lock(&self.found) = identity;
-                }
                 return found.map(Arc::new);
             }
             Err(timed_out) => timed_out,
@@ -125,17 +107,13 @@ impl Finder {
     }
 
     fn pending(&self) -> MutexGuard<'_, Option<PendingProbe>> {
-        lock(&self.pending)
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// Opens the view files of the lxcfs at `path`, and reads one. Blocks if lxcfs hangs. Does not open
-/// `cpu` of one that is still writable after `grace`.
-fn open(path: &Path, grace: Duration) -> Result<LxcfsFiles, Error> {
+/// `cpu` of one that is writable.
+fn open(path: &Path) -> Result<LxcfsFiles, Error> {
     let fail = |verb| move |cause: std::io::Error| Error::Io { path: path.to_owned(), verb, cause };
     // Only readlink(2) is called on the path's last component; FUSE handles it for a directory
     // without its server.
@@ -174,7 +152,7 @@ fn open(path: &Path, grace: Duration) -> Result<LxcfsFiles, Error> {
     }
     let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
     let mut files = BTreeMap::new();
-    let writable = is_writable(&text, mount.id) && stays_writable(mount.id, grace);
+    let writable = is_writable(&text, mount.id);
     for file in ViewFile::ALL.into_iter().filter(|file| !(writable && *file == ViewFile::Cpu)) {
         match rustix::fs::openat2(
             &root,
@@ -205,18 +183,6 @@ fn is_writable(table: &[u8], mount: MountId) -> bool {
     let line = table.split(|b| *b == b'\n').find(|line| line.starts_with(id.as_bytes()));
     let options = line.and_then(|line| line.rsplit(|b| *b == b' ').next());
     options.is_none_or(|options| !options.split(|b| *b == b',').any(|option| option == b"ro"))
-}
-
-fn stays_writable(mount: MountId, grace: Duration) -> bool {
-    let started = Instant::now();
-    while started.elapsed() < grace {
-        std::thread::sleep(READ_ONLY_POLL);
-        let table = std::fs::read("/proc/thread-self/mountinfo").unwrap_or_default();
-        if !is_writable(&table, mount) {
-            return false;
-        }
-    }
-    true
 }
 
 /// Checks that lxcfs responds: reads the file that is the cheapest for it.

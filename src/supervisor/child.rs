@@ -1,18 +1,15 @@
 //! lxcfs as a child process: its options, its start and its end.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     io,
-    os::unix::process::ExitStatusExt,
+    os::unix::{ffi::OsStrExt, process::ExitStatusExt},
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     time::Duration,
 };
 
-use rustix::{
-    mount::FsPickFlags,
-    process::{Pid, Signal},
-};
+use rustix::process::{Pid, Signal};
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, BufReader},
     process::{Child, Command},
@@ -71,7 +68,7 @@ pub(super) fn start(
     let pid_file = pid_file(path);
     let _ = std::fs::remove_file(&pid_file);
     let mut command = Command::new(bin);
-    command.arg("-f").args(options).arg("-p").arg(pid_file).args(args).arg(path);
+    command.arg("-f").args(options).arg("-p").arg(pid_file).args(with_fuse_options(args)).arg(path);
     // In its own process group: on Ctrl-C at a terminal the supervisor sweeps the containers first.
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
     let mut child = command.spawn().map_err(|cause| Error::Bin { bin: bin.to_owned(), cause })?;
@@ -80,14 +77,25 @@ pub(super) fn start(
     Ok(child)
 }
 
-/// Makes the file system of the lxcfs at `path` read-only, for all its mounts: a container with a
-/// user namespace can make its own mount writable, and lxcfs 5 passes writes on to the host. As
-/// `mount -o remount,ro`, but the options of the mount itself stay.
-pub(super) fn make_read_only(path: &Path) -> rustix::io::Result<()> {
-    let flags = FsPickFlags::FSPICK_CLOEXEC | FsPickFlags::FSPICK_NO_AUTOMOUNT;
-    let context = rustix::mount::fspick(rustix::fs::CWD, path, flags)?;
-    rustix::mount::fsconfig_set_flag(&context, "ro")?;
-    rustix::mount::fsconfig_reconfigure(&context)
+/// Adds our mount options to the arguments for lxcfs, which accepts `-o` once only. From its first
+/// moment the file system is read-only, for all its mounts: a container with a user namespace can
+/// make its own mount writable, and lxcfs 5 passes writes on to the host.
+fn with_fuse_options(args: &[OsString]) -> Vec<OsString> {
+    let mut options = OsString::from("ro");
+    let mut others = Vec::new();
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        let value = match arg.as_bytes() {
+            b"-o" => args.next().map(OsString::as_os_str),
+            [b'-', b'o', value @ ..] => Some(OsStr::from_bytes(value)),
+            _ => None,
+        };
+        match value {
+            Some(value) => options.extend([OsStr::new(","), value]),
+            None => others.push(arg.clone()),
+        }
+    }
+    [vec!["-o".into(), options], others].concat()
 }
 
 /// Terminates the child if it still runs.
@@ -129,4 +137,20 @@ fn forward(output: Option<impl AsyncRead + Unpin + Send + 'static>) {
             tracing::info!("lxcfs: {line}");
         }
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fuse_options_are_joined() {
+        let joined = |args: &[&str]| {
+            let args: Vec<OsString> = args.iter().map(OsString::from).collect();
+            with_fuse_options(&args).join(OsStr::new(" ")).into_string().unwrap()
+        };
+        assert_eq!(joined(&[]), "-o ro");
+        assert_eq!(joined(&["-u", "-o", "max_read=4096", "-l"]), "-o ro,max_read=4096 -u -l");
+        assert_eq!(joined(&["-oallow_root"]), "-o ro,allow_root");
+    }
 }

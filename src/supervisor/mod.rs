@@ -220,13 +220,8 @@ impl Supervisor {
         let started = Instant::now();
         let finder = Finder::new(&self.path);
         let serves = async {
-            let mut read_only = false;
             loop {
                 if let Some(identity) = identify(&self.path) {
-                    if !read_only && let Err(cause) = child::make_read_only(&self.path) {
-                        tracing::error!(%cause, "failed to make lxcfs read-only");
-                    }
-                    read_only = true;
                     match finder.find(&pools.probe_workers).await {
                         Ok(_) => return Some(identity),
                         Err(FindError::Hung { .. }) => return None,

@@ -8,7 +8,7 @@ use std::{
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
-use super::{Running, eventually, kube_lxcfs, own_mountinfo, program, send, stderr, unmount};
+use super::{Running, eventually, kube_lxcfs, program, send, unmount};
 
 /// An lxcfs without a supervisor.
 #[derive(Debug)]
@@ -44,12 +44,11 @@ impl Lxcfs {
     fn serve(path: &Path, dir: &Path) -> Running {
         let mut lxcfs = program("lxcfs");
         lxcfs
-            .args(["-f", "-l", "--enable-cfs", "--enable-pidfd", "-p"])
+            .args(["-f", "-l", "--enable-cfs", "--enable-pidfd", "-o", "ro", "-p"])
             .arg(dir.join("pid"))
             .arg(path);
         let process = Running::start(&mut lxcfs, &dir.join("log"));
         wait_until_serving(path, &process);
-        make_read_only(path);
         process
     }
 
@@ -63,12 +62,6 @@ impl Drop for Lxcfs {
         self.process.kill();
         unmount(&self.path);
     }
-}
-
-/// As an administrator makes a host-managed lxcfs read-only, so that it serves `cpu` too.
-fn make_read_only(path: &Path) {
-    let remount = program("mount").args(["-o", "remount,ro"]).arg(path).output().unwrap();
-    assert!(remount.status.success(), "{}", stderr(&remount));
 }
 
 fn wait_until_serving(path: &Path, process: &Running) {
@@ -120,15 +113,9 @@ impl Supervised {
         self.previous.push(std::mem::replace(&mut self.supervisor, supervisor));
     }
 
-    /// Waits until it serves, read-only: from a writable one `cpu` is not injected.
+    /// Waits until it serves.
     pub(crate) fn wait_until_serving(&self) {
         wait_until_serving(&self.path, &self.supervisor);
-        let read_only =
-            |line: &str| line.split(' ').nth(4) == Some(self.path()) && line.contains(" lxcfs ro,");
-        eventually("lxcfs is read-only", || {
-            let table = own_mountinfo();
-            if table.lines().any(read_only) { Ok(()) } else { Err(table) }
-        });
     }
 
     /// The pid of the lxcfs that the supervisor runs now.
