@@ -538,8 +538,7 @@ each_privilege_of_the_agent_is_needed() {
     needs SYS_PTRACE "$capabilities"/2
     needs hostPID hostPID
     needs "the volume of lxcfs" "$container"/volumeMounts/0
-    needs "the CRI socket" "$container"/volumeMounts/1
-    needs "the NRI socket" "$container"/volumeMounts/2
+    needs "the host's root" "$container"/env/2
     needs_rule "access to pods" "$(replace_in_first_rule resources namespaces)"
     needs_rule "access to namespaces" "$(replace_in_first_rule resources pods)"
     needs_rule "the verb list" "$(replace_in_first_rule verbs watch)"

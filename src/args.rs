@@ -8,6 +8,7 @@ use crate::{
     model::view::FileSet,
     runtime::{PidSource, cri::CriEndpoint},
     sources::nri::{self, NriMode},
+    sys::host_root::HostRoot,
     telemetry::LogFormat,
 };
 
@@ -38,6 +39,16 @@ pub struct Common {
     /// cri-dockerd, iSulad].
     #[arg(long, global = true, env = "KUBE_LXCFS_CRI_ENDPOINT", value_name = "unix://PATH")]
     pub cri_endpoint: Option<CriEndpoint>,
+    /// Directory that has the node's files: the sockets of CRI and NRI are looked up in it. In a
+    /// pod with the node's pids: /proc/1/root.
+    #[arg(
+        long,
+        global = true,
+        env = "KUBE_LXCFS_HOST_ROOT",
+        value_name = "DIR",
+        default_value = "/"
+    )]
+    pub host_root: HostRoot,
     /// Source of container pids.
     #[arg(
         long,

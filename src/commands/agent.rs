@@ -1,6 +1,6 @@
 //! `kube-lxcfs agent`: connects the sources, the agent's loop and the HTTP server.
 
-use std::{collections::HashMap, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{collections::HashMap, process::ExitCode, sync::Arc};
 
 use anyhow::{Context, Result, anyhow};
 use tokio::{sync::mpsc, task::JoinSet};
@@ -31,7 +31,7 @@ const CHANNEL_CAPACITY: usize = 256;
 pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     raise_descriptor_limit();
     let lxcfs_path = common.lxcfs_path.clone();
-    let cri = CriClient::new(common.cri_endpoint);
+    let cri = CriClient::new(common.cri_endpoint, common.host_root.clone());
     let workers = workers(args.workers, Purpose::Mount)?;
     let finder = Finder::new(&common.lxcfs_path);
     let (updates_tx, updates) = mpsc::channel(CHANNEL_CAPACITY);
@@ -84,12 +84,13 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
         adopt: args.adopt,
         metrics,
     };
+    let nri_socket = nri::Socket { host_root: common.host_root, path: args.nri_socket };
     let nri_outputs = nri::Outputs { starts: blocked_starts_tx, updates: updates_tx };
     let inputs = Inputs { updates, lxcfs_changes, blocked_starts, snapshot_requests };
     tokio::select! {
         stopped = agent::run(dependencies, inputs) => stopped?,
         stopped = watchers.stopped() => return Err(stopped),
-        stopped = run_nri(args.nri, args.nri_socket, nri_outputs) => stopped?,
+        stopped = run_nri(args.nri, nri_socket, nri_outputs) => stopped?,
         stopped = admin::serve(listener, app) => stopped.context("failed to serve HTTP")?,
     }
     // The last of the two pods removes the volume; lxcfs's pod does this too.
@@ -123,7 +124,11 @@ async fn watch_api_server(
     Ok(events)
 }
 
-async fn run_nri(mode: NriMode, socket: PathBuf, outputs: nri::Outputs) -> Result<(), nri::Error> {
+async fn run_nri(
+    mode: NriMode,
+    socket: nri::Socket,
+    outputs: nri::Outputs,
+) -> Result<(), nri::Error> {
     if mode == NriMode::Off {
         return std::future::pending().await;
     }

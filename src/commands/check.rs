@@ -11,7 +11,10 @@ use crate::{
     lxcfs,
     mount::Workers,
     runtime::cri::{CriClient, Version},
-    sys::syscalls::{self, Purpose},
+    sys::{
+        host_root::HostRoot,
+        syscalls::{self, Purpose},
+    },
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -81,13 +84,15 @@ pub(super) fn require_capabilities() -> Result<(), MissingCapability> {
 }
 
 pub(super) async fn run(common: Common, nri_socket: &Path, output: Output) -> Result<ExitCode> {
-    let checks = all(&common.lxcfs_path, &CriClient::new(common.cri_endpoint), nri_socket).await;
+    let cri = CriClient::new(common.cri_endpoint, common.host_root.clone());
+    let nri = nri(&common.host_root, nri_socket).await;
+    let checks = all(&common.lxcfs_path, &cri, nri).await;
     print(output, &checks, || checks.iter().map(ToString::to_string).collect())?;
     let failed = checks.iter().any(|c| c.verdict == Verdict::Fail);
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-async fn all(lxcfs_path: &Path, cri: &CriClient, nri_socket: &Path) -> Vec<Check> {
+async fn all(lxcfs_path: &Path, cri: &CriClient, nri: Check) -> Vec<Check> {
     let mut checks = vec![
         match syscalls::verify_syscalls(Purpose::Mount) {
             Ok(()) => ok("kernel", "has all mount system calls (5.12 or later)"),
@@ -118,15 +123,15 @@ async fn all(lxcfs_path: &Path, cri: &CriClient, nri_socket: &Path) -> Vec<Check
             format!("{e}; pids are resolved from /proc, and --pods-from cri does not work"),
         ),
     });
-    checks.push(nri(nri_socket));
+    checks.push(nri);
     checks.push(cgroups());
     checks.push(api_server().await);
     checks
 }
 
-fn nri(socket: &Path) -> Check {
+async fn nri(host_root: &HostRoot, socket: &Path) -> Check {
     let path = socket.display();
-    match std::os::unix::net::UnixStream::connect(socket) {
+    match host_root.connect(socket).await {
         Ok(_) => ok("nri", format!("the runtime listens at {path}")),
         Err(e) => warn(
             "nri",

@@ -73,7 +73,8 @@ async fn process(
         return Ok(Arc::new(Process::open(pid)?));
     }
     let prefix = ContainerId::from_url(container.unwrap_or_default())?;
-    let runtime = Runtime::new(common.pid_from, CriClient::new(common.cri_endpoint.clone()));
+    let cri = CriClient::new(common.cri_endpoint.clone(), common.host_root.clone());
+    let runtime = Runtime::new(common.pid_from, cri);
     let running = runtime.running().await?;
     Ok(runtime.process(match_prefix(&running, &prefix)?, None).await?)
 }

@@ -28,7 +28,8 @@ pub(super) async fn run(common: Common, output: Output) -> Result<ExitCode> {
     let pods = if common.pid_from == PidSource::Proc {
         Vec::new()
     } else {
-        sources::cri::list_pods_or_none(&CriClient::new(common.cri_endpoint)).await
+        let cri = CriClient::new(common.cri_endpoint, common.host_root);
+        sources::cri::list_pods_or_none(&cri).await
     };
     let views = node::status(&workers, at_path, pods).await.context("failed to scan /proc")?;
     print(output, &views, || {

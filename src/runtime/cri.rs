@@ -2,7 +2,6 @@
 
 use std::{
     io,
-    os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -15,14 +14,15 @@ use k8s_cri::v1::{
     PodSandbox, PodSandboxFilter, PodSandboxState, PodSandboxStateValue, VersionRequest,
     runtime_service_client::RuntimeServiceClient,
 };
-use tokio::{net::UnixStream, sync::Mutex};
+use rustix::fs::FileType;
+use tokio::sync::Mutex;
 use tonic::{
     Code, Request, Status, Streaming,
     transport::{Channel, Endpoint, Uri},
 };
 
 use super::{Error as RuntimeError, guest_kernel};
-use crate::model::container_id::ContainerId;
+use crate::{model::container_id::ContainerId, sys::host_root::HostRoot};
 
 /// The usual sockets, in the order they are tried: containerd (its own, k3s's), CRI-O, cri-dockerd,
 /// iSulad.
@@ -103,13 +103,15 @@ struct Connection {
 #[derive(Clone, Debug)]
 pub struct CriClient {
     endpoint: Option<CriEndpoint>,
+    host_root: HostRoot,
     connection: Arc<Mutex<Option<Connection>>>,
 }
 
 impl CriClient {
-    /// Without an endpoint, the first of the usual sockets that responds is used.
-    pub fn new(endpoint: Option<CriEndpoint>) -> CriClient {
-        CriClient { endpoint, connection: Arc::default() }
+    /// Sockets are looked up in `host_root`. Without an endpoint, the first of the usual ones that
+    /// responds is used.
+    pub fn new(endpoint: Option<CriEndpoint>, host_root: HostRoot) -> CriClient {
+        CriClient { endpoint, host_root, connection: Arc::default() }
     }
 
     /// # Errors
@@ -242,11 +244,11 @@ impl CriClient {
             return Ok(connection.clone());
         }
         let found = match &self.endpoint {
-            Some(CriEndpoint(path)) => connect(path).await?,
+            Some(CriEndpoint(path)) => connect(&self.host_root, path).await?,
             None => {
                 let mut tried = Err(Error::NoEndpoint);
                 for path in DEFAULT_ENDPOINTS.map(Path::new) {
-                    match connect(path).await {
+                    match connect(&self.host_root, path).await {
                         Ok(found) => {
                             tried = Ok(found);
                             break;
@@ -316,23 +318,24 @@ impl EventStream {
 
 /// Connects and requests the version, which shows that the server is a CRI runtime. The channel
 /// reconnects by itself later.
-async fn connect(path: &Path) -> Result<Connection, Error> {
-    match std::fs::metadata(path) {
+async fn connect(host_root: &HostRoot, path: &Path) -> Result<Connection, Error> {
+    let refused = |cause| Error::Connect { path: path.to_owned(), cause: Arc::new(cause) };
+    let file = host_root.open(path).and_then(|file| Ok(rustix::fs::fstat(file)?));
+    match file {
+        Ok(file) if FileType::from_raw_mode(file.st_mode) == FileType::Socket => {}
+        Ok(_) => return Err(Error::NotASocket(path.to_owned())),
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             return Err(Error::Missing(path.to_owned()));
         }
-        Ok(file) if !file.file_type().is_socket() => {
-            return Err(Error::NotASocket(path.to_owned()));
-        }
-        _ => {}
+        Err(e) => return Err(refused(e)),
     }
-    let refused = |cause| Error::Connect { path: path.to_owned(), cause: Arc::new(cause) };
     // A plain connection first, because the channel hides the cause of a failure.
-    drop(UnixStream::connect(path).await.map_err(refused)?);
-    let socket = path.to_owned();
+    drop(host_root.connect(path).await.map_err(refused)?);
+    let (root, socket) = (host_root.clone(), path.to_owned());
+    // The path is looked up again for each connection: a runtime that restarts makes a new socket.
     let dial = move |_: Uri| {
-        let socket = socket.clone();
-        async move { UnixStream::connect(socket).await.map(TokioIo::new) }
+        let (root, socket) = (root.clone(), socket.clone());
+        async move { root.connect(&socket).await.map(TokioIo::new) }
     };
     // The authority is never resolved: the connector dials the socket.
     let channel = Endpoint::from_static("http://localhost")

@@ -6,6 +6,7 @@
 )]
 
 pub mod fuse;
+pub mod host_root;
 pub mod mntns;
 pub mod mountinfo;
 pub mod process;

@@ -111,6 +111,68 @@ fn containerd_2_with_nri_first_read_is_own() {
     isolated(|| with_nri(Release::Sid));
 }
 
+/// An agent that sees no socket in its own mount namespace, as in a pod: they are below the host's
+/// root only.
+#[test]
+fn sockets_are_found_below_the_host_root() {
+    isolated(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let (lxcfs, mut containerd) = (Lxcfs::start(), Containerd::of(Release::Sid, true));
+        let sockets = containerd.dir.path().to_str().unwrap();
+        // As `/var/run` on a node.
+        std::os::unix::fs::symlink(sockets, "/run/linked").unwrap();
+        let program = kube_lxcfs();
+        let mut command = std::process::Command::new("unshare");
+        command
+            .args(["--mount", "sh", "-c"])
+            .arg("mount -t tmpfs none \"$0\" && mount -t tmpfs none /run && exec \"$@\"")
+            .arg(sockets)
+            .arg(program.get_program())
+            .args(["agent", "--log-format", "json", "--listen", "127.0.0.1:0"])
+            .args(["--pods-from", "cri", "--nri", "required", "--lxcfs-path", lxcfs.path()])
+            .args(["--host-root", "/proc/1/root", "--cri-endpoint", "unix:///run/linked/sock"])
+            .args(["--nri-socket", "/run/linked/nri.sock"])
+            .env("RUST_LOG", "kube_lxcfs=debug");
+        let agent = Running::start(&mut command, &dir.path().join("agent.log"));
+        registered(&agent, 1);
+        ready(&agent);
+        let (_, read) = first_read(&containerd, "first", &[INJECT]);
+        assert!(own(&read), "{read}\n{}", agent.log());
+        // The runtime restarts, with other sockets at the same paths.
+        containerd.down();
+        containerd.up();
+        registered(&agent, 2);
+        let (_, read) = first_read(&containerd, "after-restart", &[INJECT]);
+        assert!(own(&read), "{read}\n{}", agent.log());
+        ready(&agent);
+    });
+}
+
+#[test]
+fn without_cri_nri_gives_the_pids() {
+    isolated(|| {
+        let (lxcfs, containerd, pods) =
+            (Lxcfs::start(), Containerd::of(Release::Sid, true), Pods::start());
+        let dir = tempfile::tempdir().unwrap();
+        let (kubeconfig, nri) = (pods.kubeconfig(), containerd.nri_socket());
+        let args = ["--node-name", "n1", "--lxcfs-path", lxcfs.path(), "--nri-socket", &nri];
+        let no_cri = ["--pid-from", "proc", "--cri-endpoint", "unix:///run/none.sock"];
+        let env = [("KUBECONFIG", kubeconfig.to_str().unwrap())];
+        let agent = agent(dir.path(), &[&args[..], &no_cri].concat(), &env);
+        registered(&agent, 1);
+        ready(&agent);
+        for name in ["a", "b", "c"] {
+            let uid = pods.create(name, json!({"kube-lxcfs.io/inject": "true"}));
+            let spec = PodSpec { name, annotations: &[INJECT], containers: &[] };
+            let mut pod = containerd.run_with_uid(&spec, &uid);
+            let (_, out) = containerd.start_script(&mut pod, "app", FIRST);
+            let read = output(&out);
+            assert!(own(&read), "{read}\n{}", agent.log());
+        }
+        assert!(!agent.log().contains("none.sock"), "{}", agent.log());
+    });
+}
+
 #[test]
 fn without_nri_cri_events_trigger_injection() {
     isolated(|| {

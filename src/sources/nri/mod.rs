@@ -12,7 +12,7 @@ use std::{
     convert::Infallible,
     io,
     os::fd::OwnedFd,
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
@@ -22,7 +22,6 @@ use prost::Message as _;
 use rustix::fs::inotify;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, Interest},
-    net::UnixStream,
     sync::{mpsc, oneshot},
 };
 
@@ -32,7 +31,10 @@ use self::{
 };
 use crate::{
     model::pod::{StartedContainer, Update},
-    sys,
+    sys::{
+        self,
+        host_root::{self, HostRoot},
+    },
     telemetry::{Backoff, OutageLog},
 };
 
@@ -101,12 +103,20 @@ pub struct Outputs {
     pub updates: mpsc::Sender<Update>,
 }
 
+/// A socket of the node.
+#[derive(Clone, Debug)]
+pub struct Socket {
+    pub host_root: HostRoot,
+    /// In the host's root.
+    pub path: PathBuf,
+}
+
 /// Serves the runtime as its plugin until the receivers are dropped, and reconnects after each
 /// session.
 ///
 /// # Errors
 /// With `required`, when the first session fails before the registration.
-pub async fn run(socket: &Path, required: bool, outputs: Outputs) -> Result<(), Error> {
+pub async fn run(socket: &Socket, required: bool, outputs: Outputs) -> Result<(), Error> {
     let mut outage = OutageLog::new("nri");
     let mut delays = RECONNECT.start();
     let mut first = required;
@@ -121,7 +131,7 @@ pub async fn run(socket: &Path, required: bool, outputs: Outputs) -> Result<(), 
             e if first && !registered => return Err(e),
             // A node without NRI is not an outage.
             Error::Connect { cause, .. } if cause.kind() == io::ErrorKind::NotFound => {
-                tracing::debug!(socket = %socket.display(), "no NRI socket");
+                tracing::debug!(socket = %socket.path.display(), "no NRI socket");
             }
             e => outage.failed("NRI is unavailable, using CRI events and the pod watch", &e),
         }
@@ -137,7 +147,7 @@ pub async fn run(socket: &Path, required: bool, outputs: Outputs) -> Result<(), 
 }
 
 /// Waits until the socket is created.
-async fn wait_for_socket(socket: &Path) {
+async fn wait_for_socket(socket: &Socket) {
     loop {
         let Ok(watch) = watch_parent_dir(socket) else { return std::future::pending().await };
         let Ok(watch) = sys::async_fd(watch, Interest::READABLE) else {
@@ -145,7 +155,7 @@ async fn wait_for_socket(socket: &Path) {
         };
         let _ = watch.readable().await;
         tokio::time::sleep(LISTEN_DELAY).await;
-        if socket.exists() {
+        if socket.host_root.open(&socket.path).is_ok() {
             return;
         }
     }
@@ -153,17 +163,17 @@ async fn wait_for_socket(socket: &Path) {
 
 /// Watches the socket's directory, or the nearest existing directory above it, for new entries
 /// (inotify(7)).
-fn watch_parent_dir(socket: &Path) -> io::Result<OwnedFd> {
+fn watch_parent_dir(Socket { host_root, path }: &Socket) -> io::Result<OwnedFd> {
     let watch = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
     let mut last = io::Error::from(io::ErrorKind::NotFound);
-    for directory in socket.ancestors().skip(1) {
-        match inotify::add_watch(
-            &watch,
-            directory,
-            inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO,
-        ) {
+    let entries = inotify::WatchFlags::CREATE | inotify::WatchFlags::MOVED_TO;
+    for directory in path.ancestors().skip(1) {
+        let added = host_root.open(directory).and_then(|directory| {
+            Ok(inotify::add_watch(&watch, host_root::by_descriptor(&directory), entries)?)
+        });
+        match added {
             Ok(_) => return Ok(watch),
-            Err(e) => last = e.into(),
+            Err(e) => last = e,
         }
     }
     Err(last)
@@ -171,14 +181,14 @@ fn watch_parent_dir(socket: &Path) -> io::Result<OwnedFd> {
 
 /// One session, from the connection to its end, which always is an error.
 async fn session(
-    socket: &Path,
+    socket: &Socket,
     outputs: &Outputs,
     registered: &mut bool,
     outage: &mut OutageLog,
 ) -> Result<Infallible, Error> {
-    let connected = UnixStream::connect(socket).await;
+    let connected = socket.host_root.connect(&socket.path).await;
     let mut stream =
-        connected.map_err(|cause| Error::Connect { path: socket.to_owned(), cause })?;
+        connected.map_err(|cause| Error::Connect { path: socket.path.clone(), cause })?;
     let (mut read, mut write) = stream.split();
     let mut out = BytesMut::new();
     registration().frame(ttrpc::RUNTIME).encode(&mut out);
@@ -227,7 +237,7 @@ async fn session(
                 written?;
             }
             () = &mut timeout, if !*registered => {
-                return Err(Error::RegistrationTimeout(socket.to_owned()));
+                return Err(Error::RegistrationTimeout(socket.path.clone()));
             }
         }
     }
@@ -267,6 +277,11 @@ mod tests {
         ttrpc::{ConfigureRequest, StateChangeEvent, SynchronizeRequest, event},
         *,
     };
+    use tokio::net::UnixStream;
+
+    fn at(path: &std::path::Path) -> Socket {
+        Socket { host_root: HostRoot::default(), path: path.to_owned() }
+    }
 
     /// The runtime's side of a session, registered and configured.
     struct Runtime {
@@ -365,7 +380,7 @@ mod tests {
         let socket = dir.path().join("nri.sock");
         let listener = tokio::net::UnixListener::bind(&socket).unwrap();
         let ((starts, blocked), (updates, _)) = (mpsc::channel(1), mpsc::channel(1));
-        tokio::spawn(async move { run(&socket, true, Outputs { starts, updates }).await });
+        tokio::spawn(async move { run(&at(&socket), true, Outputs { starts, updates }).await });
         (Runtime::accept(&listener, request_timeout).await, blocked)
     }
 
@@ -405,7 +420,7 @@ mod tests {
         let listener = tokio::net::UnixListener::bind(&socket).unwrap();
         let ((starts, mut blocked), (updates, mut received)) = (mpsc::channel(4), mpsc::channel(4));
         let plugin =
-            tokio::spawn(async move { run(&socket, true, Outputs { starts, updates }).await });
+            tokio::spawn(async move { run(&at(&socket), true, Outputs { starts, updates }).await });
         let mut runtime = Runtime::accept(&listener, 600).await;
         for (method, payload) in [start("StateChange"), start("StartContainer")] {
             runtime.calls += 2;
