@@ -11,10 +11,11 @@ use std::{
 
 use axum::{
     Router,
-    extract::State,
+    extract::{ConnectInfo, State, connect_info::Connected},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
+    serve::IncomingStream,
 };
 use bytes::Bytes;
 use serde::Serialize;
@@ -42,6 +43,9 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// The media type of OpenMetrics.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const STUCK: &str = "the agent's loop is stuck";
+/// The response of `/status` to other hosts. It names pods of every namespace.
+const LOOPBACK_ONLY: &str =
+    "/status is for loopback clients only; use kubectl port-forward, or kube-lxcfs status\n";
 const EXHAUSTED: &str = "too many worker threads hang; restart the agent";
 /// `/status` visits every container: its result is used again for this time.
 const STATUS_TTL: Duration = Duration::from_secs(1);
@@ -82,6 +86,24 @@ struct Status {
     last: Mutex<Option<(Instant, Bytes)>>,
 }
 
+/// The address of a client.
+#[derive(Clone, Copy, Debug)]
+struct Peer(SocketAddr);
+
+impl Connected<IncomingStream<'_, BoundedListener>> for Peer {
+    fn connect_info(stream: IncomingStream<'_, BoundedListener>) -> Peer {
+        Peer(*stream.remote_addr())
+    }
+}
+
+impl Peer {
+    /// Whether it is in this network namespace. A listener on `::` sees IPv4 addresses as mapped
+    /// ones.
+    fn is_loopback(self) -> bool {
+        self.0.ip().to_canonical().is_loopback()
+    }
+}
+
 /// Listens.
 ///
 /// # Errors
@@ -103,7 +125,8 @@ pub async fn serve(listener: TcpListener, state: AppState) -> std::io::Result<()
         .route("/metrics", get(metrics))
         .with_state(Arc::new(state))
         .merge(Router::new().route("/status", get(status)).with_state(views));
-    axum::serve(BoundedListener::new(listener), router).await
+    let service = router.into_make_service_with_connect_info::<Peer>();
+    axum::serve(BoundedListener::new(listener), service).await
 }
 
 async fn healthz(State(state): State<Arc<AppState>>) -> Response {
@@ -138,7 +161,13 @@ async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     ([(header::CONTENT_TYPE, OPENMETRICS)], state.metrics.text()).into_response()
 }
 
-async fn status(State(status): State<Arc<Status>>) -> Response {
+async fn status(
+    State(status): State<Arc<Status>>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+) -> Response {
+    if !peer.is_loopback() {
+        return (StatusCode::FORBIDDEN, LOOPBACK_ONLY).into_response();
+    }
     let mut last = status.last.lock().await;
     if let Some((at, rows)) = &*last
         && at.elapsed() < STATUS_TTL

@@ -35,7 +35,7 @@ fn template(more: &[&str]) -> Output {
 }
 
 /// Every value, changed from its default.
-const CHANGED: [&str; 28] = [
+const CHANGED: [&str; 29] = [
     "image.repository=r.example/k,image.tag=v9,image.pullPolicy=Always,\
      imagePullSecrets[0].name=regcred",
     "nameOverride=other",
@@ -47,6 +47,7 @@ const CHANGED: [&str; 28] = [
     "nri.mode=required,nri.socketPath=/run/nri/n.sock",
     "log.format=json,log.level=debug",
     "agent.workers=3,agent.port=9000,agent.hostNetwork=true,agent.listenAddress=127.0.0.1",
+    "agent.hostNetwork=true,agent.listenAddress=::",
     "agent.resources.requests.cpu=5m,agent.resources.limits.cpu=1,agent.nodeSelector.a=b,\
      agent.tolerations=null,agent.priorityClassName=",
     "agent.updateStrategy.type=OnDelete,agent.updateStrategy.rollingUpdate=null,\
@@ -130,6 +131,8 @@ fn schema_rejects_unknown_and_malformed_values() {
         ("image.pulPolicy=x", "'pulPolicy' not allowed"),
         ("nri.mode=maybe", "'/nri/mode': value must be one of 'auto', 'off', 'required'"),
         ("hostPath=var/lib", "'/hostPath'"),
+        ("agent.listenAddress=[::1]", "'/agent/listenAddress'"),
+        ("agent.listenAddress=localhost", "'/agent/listenAddress'"),
         ("agent.port=99999", "'/agent/port'"),
         ("lxcfs.watchdog=soon", "'/lxcfs/watchdog'"),
         ("nonsense=1", "'nonsense' not allowed"),

@@ -63,3 +63,36 @@ fn metrics_status_and_readiness_match_the_node() {
         assert!(error.contains("set --listen"), "{error}");
     });
 }
+
+#[test]
+fn status_is_for_loopback_clients_only() {
+    isolated(|| {
+        // An address of this network namespace's own: the client has it too.
+        let ip = |args: &[&str]| {
+            let added = program("busybox").arg("ip").args(args).output().unwrap();
+            assert!(added.status.success(), "{args:?}: {}", stderr(&added));
+        };
+        ip(&["addr", "add", "192.0.2.1/32", "dev", "lo"]);
+        let dir = tempfile::tempdir().unwrap();
+        for (listen, loopback) in
+            [("0.0.0.0:0", "127.0.0.1"), ("[::]:0", "127.0.0.1"), ("[::]:0", "[::1]")]
+        {
+            let agent = agent(
+                dir.path(),
+                &["--pods-from", "cri", "--pid-from", "proc", "--listen", listen],
+                &[],
+            );
+            let address = http_address(&agent);
+            let port = address.rsplit(':').next().unwrap();
+            let (near, far) = (format!("{loopback}:{port}"), format!("192.0.2.1:{port}"));
+            assert_eq!(get_from(&near, "/status").0, 200, "{listen} {loopback}");
+            let (code, text) = get_from(&far, "/status");
+            assert_eq!((code, text.lines().count()), (403, 1), "{text}");
+            assert!(text.contains("kubectl port-forward"), "{text}");
+            for path in ["/healthz", "/readyz", "/metrics", "/nothing"] {
+                assert_eq!(get_from(&far, path).0, get_from(&near, path).0, "{path}");
+            }
+            assert_eq!(get_from(&far, "/metrics").0, 200);
+        }
+    });
+}

@@ -69,12 +69,18 @@ labels:
 {{- include "kube-lxcfs.lxcfsVolume" . }}{{ if .Values.lxcfs.enabled }}/lxcfs{{ end -}}
 {{- end }}
 
+{{- /* Address and port that the agent listens on */ -}}
+{{- define "kube-lxcfs.listen" -}}
+{{- $address := .Values.agent.listenAddress -}}
+{{- ternary (printf "[%s]" $address) $address (contains ":" $address) }}:{{ .Values.agent.port -}}
+{{- end }}
+
 {{- /* Port and host of the agent's probes; the default host is the pod's address */ -}}
 {{- define "kube-lxcfs.probeTarget" -}}
 port: http
 {{- if .Values.agent.hostNetwork }}
 {{- $address := .Values.agent.listenAddress }}
-host: {{ ternary "127.0.0.1" $address (eq $address "0.0.0.0") }}
+host: {{ get (dict "0.0.0.0" "127.0.0.1" "::" "::1") $address | default $address | quote }}
 {{- end }}
 {{- end }}
 

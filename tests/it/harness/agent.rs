@@ -14,7 +14,10 @@ use super::{Running, eventually, kube_lxcfs};
 pub(crate) fn agent(dir: &Path, args: &[&str], env: &[(&str, &str)]) -> Running {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let mut command = kube_lxcfs();
-    command.args(["agent", "--log-format", "json", "--listen", "127.0.0.1:0"]).args(args);
+    command.args(["agent", "--log-format", "json"]).args(args);
+    if !args.contains(&"--listen") {
+        command.args(["--listen", "127.0.0.1:0"]);
+    }
     if std::env::var_os("RUST_LOG").is_none() {
         command.env("RUST_LOG", "kube_lxcfs=debug");
     }
@@ -34,7 +37,12 @@ pub(crate) fn http_address(agent: &Running) -> String {
 
 /// The status and the body of a response of the agent.
 pub(crate) fn get(agent: &Running, path: &str) -> (u16, String) {
-    let mut stream = std::net::TcpStream::connect(http_address(agent)).unwrap();
+    get_from(&http_address(agent), path)
+}
+
+/// The same, of the server at this address.
+pub(crate) fn get_from(address: &str, path: &str) -> (u16, String) {
+    let mut stream = std::net::TcpStream::connect(address).unwrap();
     let request = format!("GET {path} HTTP/1.0\r\nHost: x\r\n\r\n");
     std::io::Write::write_all(&mut stream, request.as_bytes()).unwrap();
     let mut response = String::new();
