@@ -156,7 +156,7 @@ pub struct PassSummary {
     pub containers: usize,
     /// View files that were changed.
     pub files: usize,
-    /// Containers in which a step failed.
+    /// Mount namespaces that were skipped, or in which a step failed.
     pub failed: usize,
 }
 
@@ -173,7 +173,7 @@ impl PassSummary {
 impl fmt::Display for PassSummary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} view files in {} containers", self.files, self.containers)?;
-        if self.failed > 0 { write!(f, ", {} containers failed", self.failed) } else { Ok(()) }
+        if self.failed > 0 { write!(f, ", {} namespaces failed", self.failed) } else { Ok(()) }
     }
 }
 
@@ -243,6 +243,21 @@ pub async fn sweep_dead(workers: &Workers, hung: Option<Dev>) -> io::Result<Pass
     let exited = known.into_iter().filter(|(_, liveness)| *liveness == Liveness::Disconnected);
     let exited: HashSet<Dev> = exited.map(|(dev, _)| dev).collect();
     if exited.is_empty() { Ok(PassSummary::default()) } else { sweep(workers, exited).await }
+}
+
+/// Logs the result of a sweep. Each namespace that failed has its own line before.
+pub fn log_sweep(swept: &io::Result<PassSummary>) {
+    match swept {
+        Ok(summary) => {
+            let (swept_files, failed) = (summary.files, summary.failed);
+            if failed > 0 {
+                tracing::warn!(swept_files, failed, %summary, "views of an exited lxcfs remain");
+            } else if swept_files > 0 {
+                tracing::info!(swept_files, %summary, "removed views of an exited lxcfs");
+            }
+        }
+        Err(cause) => tracing::warn!(%cause, "failed to sweep the node"),
+    }
 }
 
 /// Remounts every view of the node that comes from one of these lxcfs.

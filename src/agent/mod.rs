@@ -78,13 +78,13 @@ pub struct Inputs {
 #[derive(Debug)]
 enum Message {
     /// The result of an operation's search for lxcfs. The operation started in `generation`.
-    LxcfsSearched {
-        generation: u64,
-        found: Result<(), Arc<lxcfs::Error>>,
-    },
+    LxcfsSearched { generation: u64, found: Result<(), Arc<lxcfs::Error>> },
     /// [`SUPERVISOR_SWEEP_GRACE`] has passed.
     SweepDue(Dev),
-    SweepFinished,
+    SweepFinished {
+        /// The mount namespaces that were not swept, or not wholly.
+        failures: usize,
+    },
     OperationFinished {
         id: ContainerId,
         desired: DesiredView,
@@ -273,7 +273,10 @@ impl Agent {
                 }
             }
             Message::SweepDue(dev) => self.sweep(dev),
-            Message::SweepFinished => self.state.sweep_finished(),
+            Message::SweepFinished { failures } => {
+                self.metrics.sweep_finished(failures);
+                self.state.sweep_finished();
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashSet,
+    io,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -123,30 +124,45 @@ impl Reconciler {
         self.lxcfs.invalidate()
     }
 
-    /// Removes the view files of this lxcfs from every container.
+    /// Removes the view files of this lxcfs, which has exited or hangs, from every container.
     pub(super) fn sweep(&self, dev: Dev) {
-        let Reconciler { workers, lxcfs, tx, .. } = self.clone();
+        let reconciler = self.clone();
         tokio::spawn(async move {
-            // The kernel gives a device number to another lxcfs as soon as no mount of the first is
-            // left, and not before.
-            if lxcfs::identify(lxcfs.path()).is_none_or(|serving| serving.dev != dev) {
-                log_sweep(node::sweep(&workers, HashSet::from([dev])).await);
-            }
-            let _ = tx.send(Message::SweepFinished).await;
+            let Reconciler { workers, lxcfs, .. } = &reconciler;
+            let serving = lxcfs::identify(lxcfs.path());
+            let swept = if serving.is_some_and(|serving| serving.dev == dev) {
+                // It is still mounted, or another lxcfs has its device number: the kernel gives
+                // that away as soon as no mount is left, and not before.
+                reconciler.sweep_disconnected().await
+            } else {
+                node::sweep(workers, HashSet::from([dev])).await
+            };
+            reconciler.sweep_finished(&swept).await;
         });
     }
 
     /// Removes the view files of every lxcfs that has exited, and of the one at the lxcfs path if
     /// it hangs.
     pub(super) fn sweep_dead(&self) {
-        let Reconciler { workers, lxcfs, tx, .. } = self.clone();
+        let reconciler = self.clone();
         tokio::spawn(async move {
-            let found = lxcfs.acquire().await.lxcfs.map(drop);
-            let hangs = found.is_err_and(|e| matches!(*e, lxcfs::Error::Hung { .. }));
-            let hung = lxcfs::identify(lxcfs.path()).filter(|_| hangs).map(|identity| identity.dev);
-            log_sweep(node::sweep_dead(&workers, hung).await);
-            let _ = tx.send(Message::SweepFinished).await;
+            let swept = reconciler.sweep_disconnected().await;
+            reconciler.sweep_finished(&swept).await;
         });
+    }
+
+    async fn sweep_disconnected(&self) -> io::Result<PassSummary> {
+        let found = self.lxcfs.acquire().await.lxcfs.map(drop);
+        let hangs = found.is_err_and(|e| matches!(*e, lxcfs::Error::Hung { .. }));
+        let at_path = lxcfs::identify(self.lxcfs.path()).filter(|_| hangs);
+        node::sweep_dead(&self.workers, at_path.map(|identity| identity.dev)).await
+    }
+
+    async fn sweep_finished(&self, swept: &io::Result<PassSummary>) {
+        node::log_sweep(swept);
+        // A sweep that failed as a whole counts as one.
+        let failures = swept.as_ref().map_or(1, |summary| summary.failed);
+        let _ = self.tx.send(Message::SweepFinished { failures }).await;
     }
 
     /// Sends [`Message::SweepDue`] after `delay`.
@@ -230,21 +246,8 @@ fn log_changes(container: &str, completion: &Completion, elapsed: Duration) {
     }
 }
 
-fn log_sweep(swept: std::io::Result<PassSummary>) {
-    match swept {
-        Ok(summary) if summary.files > 0 => {
-            let swept_files = summary.files;
-            tracing::info!(swept_files, %summary, "removed views of an exited lxcfs");
-        }
-        Ok(_) => {}
-        Err(cause) => tracing::warn!(%cause, "failed to sweep the node"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::io;
-
     use super::*;
     use crate::{
         model::{container_id::ContainerId, view::ViewFile},

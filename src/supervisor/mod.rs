@@ -346,14 +346,7 @@ fn detach(path: &Path) -> rustix::io::Result<()> {
 }
 
 async fn sweep(sweepers: &Workers, dev: Dev) {
-    match node::sweep(sweepers, HashSet::from([dev])).await {
-        Ok(swept) if swept.files > 0 => {
-            let (swept_files, summary) = (swept.files, swept);
-            tracing::info!(swept_files, %summary, "removed views of an exited lxcfs");
-        }
-        Ok(_) => {}
-        Err(cause) => tracing::error!(%cause, "failed to sweep the node"),
-    }
+    node::log_sweep(&node::sweep(sweepers, HashSet::from([dev])).await);
 }
 
 /// Sweeps the views of an lxcfs that has exited, beside the next one. Until then its device number

@@ -41,14 +41,7 @@ impl Predecessors {
         for (process, _) in &predecessors.processes {
             tracing::info!(pid = process.pid(), "predecessor still runs, replacing it");
         }
-        match node::sweep_dead(sweepers, hung).await {
-            Ok(swept) if swept.files > 0 => {
-                let (swept_files, summary) = (swept.files, swept);
-                tracing::info!(swept_files, %summary, "removed dead views of a predecessor");
-            }
-            Ok(_) => {}
-            Err(cause) => tracing::warn!(%cause, "failed to sweep the node"),
-        }
+        node::log_sweep(&node::sweep_dead(sweepers, hung).await);
         predecessors
     }
 

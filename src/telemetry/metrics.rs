@@ -83,6 +83,7 @@ pub struct Metrics {
     latencies: Family<TriggerLabel, Histogram, fn() -> Histogram>,
     late_starts: Counter,
     events_suppressed: Counter,
+    sweep_failures: Counter,
     lxcfs_up: Gauge,
     lxcfs_restarts: Counter,
     remount_pass: Gauge<f64, std::sync::atomic::AtomicU64>,
@@ -98,6 +99,7 @@ impl Default for Metrics {
             latencies: Family::new_with_constructor(seconds),
             late_starts: Counter::default(),
             events_suppressed: Counter::default(),
+            sweep_failures: Counter::default(),
             lxcfs_up: Gauge::default(),
             lxcfs_restarts: Counter::default(),
             remount_pass: Gauge::default(),
@@ -135,6 +137,11 @@ impl Default for Metrics {
             "events_suppressed",
             "Events that were not created because their pod has too many",
             metrics.events_suppressed.clone(),
+        );
+        registry.register(
+            "sweep_failures",
+            "Mount namespaces that a sweep skipped, or in which it failed to remove dead view files",
+            metrics.sweep_failures.clone(),
         );
         registry.register("lxcfs_up", "1 while lxcfs serves, else 0", metrics.lxcfs_up.clone());
         registry.register(
@@ -192,6 +199,11 @@ impl Metrics {
         self.events_suppressed.inc();
     }
 
+    /// A sweep failed in this many mount namespaces.
+    pub fn sweep_finished(&self, failures: usize) {
+        self.sweep_failures.inc_by(failures as u64);
+    }
+
     pub fn set_lxcfs_up(&self, up: bool) {
         self.lxcfs_up.set(i64::from(up));
     }
@@ -229,6 +241,7 @@ mod tests {
         metrics.injected(Trigger::Nri, Duration::from_millis(3));
         metrics.start_was_late();
         metrics.event_suppressed();
+        metrics.sweep_finished(2);
         metrics.set_lxcfs_up(true);
         metrics.lxcfs_restarted();
         metrics.remount_pass_finished(Duration::from_millis(250));
@@ -241,6 +254,7 @@ mod tests {
             "kube_lxcfs_injection_latency_seconds_count{trigger=\"nri\"} 1",
             "kube_lxcfs_late_starts_total 1",
             "kube_lxcfs_events_suppressed_total 1",
+            "kube_lxcfs_sweep_failures_total 2",
             "kube_lxcfs_lxcfs_up 1",
             "kube_lxcfs_lxcfs_restarts_total 1",
             "kube_lxcfs_remount_pass_duration_seconds 0.25",

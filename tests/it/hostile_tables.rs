@@ -153,6 +153,29 @@ fn lxcfs_serves_before_the_sweep_is_over() {
     });
 }
 
+#[test]
+fn namespace_that_is_not_swept_is_counted() {
+    isolated(|| {
+        let (mut lxcfs, hostile, pods) = (Lxcfs::start(), Bare::start(), Pods::start());
+        let other = Bare::start();
+        inject(lxcfs.path(), &hostile);
+        inject(lxcfs.path(), &other);
+        inside(hostile.pid, || (0..1100).for_each(|_| bind("/proc/uptime", "/proc/meminfo")));
+        let dir = tempfile::tempdir().unwrap();
+        let args = ["--node-name", "n1", "--lxcfs-path", lxcfs.path(), "--pid-from", "proc"];
+        let kubeconfig = pods.kubeconfig();
+        let agent = agent(dir.path(), &args, &[("KUBECONFIG", kubeconfig.to_str().unwrap())]);
+        ready(&agent);
+        let failures = || metric(&agent, "sweep_failures_total");
+        assert!(failures().abs() < f64::EPSILON);
+        lxcfs.process.kill();
+        eventually_true("the sweep is counted as failed", || failures() >= 1.0);
+        has_views("the other container", other.pid, 0);
+        let failed = |entry: &serde_json::Value| entry["failed"] == 1;
+        assert!(agent.entries().iter().any(failed), "{}", agent.log());
+    });
+}
+
 /// The device number of a container's view.
 fn lxcfs_dev(bare: &Bare) -> String {
     let table = bare.mountinfo();
