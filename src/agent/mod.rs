@@ -282,18 +282,19 @@ impl Agent {
 
     fn lxcfs_changed(&mut self, change: Change) {
         log_lxcfs_change(change);
-        self.generation += 1;
-        if let Some(lxcfs) = self.reconciler.invalidate_lxcfs() {
-            let in_use = Arc::downgrade(&lxcfs);
-            self.previous.push(PreviousLxcfs { dev: lxcfs.dev, in_use, exited: false });
+        if let Change::ReadOnly(_) = change {
+            self.forget_open_files();
+            return self.state.lxcfs_read_only();
         }
+        self.generation += 1;
+        self.forget_open_files();
         if let Change::Mounted(Some(_)) = change {
             self.metrics.lxcfs_restarted();
             self.remount_started = Some(Instant::now());
         }
         self.set_lxcfs_up(matches!(change, Change::Mounted(Some(_))));
         let exited = match change {
-            Change::Mounted(_) => None,
+            Change::Mounted(_) | Change::ReadOnly(_) => None,
             Change::Exited { was, supervised } => Some((was, supervised)),
             Change::Unresponsive(was) => Some((was, false)),
         };
@@ -306,6 +307,14 @@ impl Agent {
             self.previous.iter_mut().filter(|p| p.dev == was.dev).for_each(|p| p.exited = true);
         }
         self.state.lxcfs_changed();
+    }
+
+    /// Makes the next operation open the files of lxcfs again.
+    fn forget_open_files(&mut self) {
+        if let Some(lxcfs) = self.reconciler.invalidate_lxcfs() {
+            let in_use = Arc::downgrade(&lxcfs);
+            self.previous.push(PreviousLxcfs { dev: lxcfs.dev, in_use, exited: false });
+        }
     }
 
     fn sweep(&mut self, dev: Dev) {
@@ -351,6 +360,9 @@ fn log_lxcfs_change(change: Change) {
     match change {
         Change::Mounted(Some(identity)) => {
             tracing::info!(lxcfs = "mounted", dev = %identity.dev, "lxcfs changed");
+        }
+        Change::ReadOnly(identity) => {
+            tracing::info!(lxcfs = "read-only", dev = %identity.dev, "lxcfs changed");
         }
         Change::Mounted(None) => tracing::info!(lxcfs = "unmounted", "lxcfs changed"),
         Change::Exited { was, supervised } => {

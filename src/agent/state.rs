@@ -293,6 +293,7 @@ impl State {
                 applied: None,
                 in_flight: None,
                 adoption_pending: false,
+                skips_writable: false,
                 retry: None,
                 reported_error: None,
                 pid: unconfirmed.and_then(|c| c.pid),

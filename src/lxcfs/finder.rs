@@ -185,6 +185,15 @@ fn is_writable(table: &[u8], mount: MountId) -> bool {
     options.is_none_or(|options| !options.split(|b| *b == b',').any(|option| option == b"ro"))
 }
 
+/// Whether the file system of the lxcfs at `path` is writable. It is sent no request.
+pub(super) fn is_writable_at(path: &Path) -> bool {
+    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let text = std::fs::read("/proc/thread-self/mountinfo").unwrap_or_default();
+    let table = MountTable::parse(&text).unwrap_or_default();
+    let mount = table.top(real.as_os_str().as_encoded_bytes());
+    mount.is_none_or(|mount| is_writable(&text, mount.id))
+}
+
 /// Checks that lxcfs responds: reads the file that is the cheapest for it.
 fn probe(root: &impl std::os::fd::AsFd) -> std::io::Result<()> {
     let uptime = rustix::fs::openat(

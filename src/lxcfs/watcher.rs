@@ -17,13 +17,20 @@ use tokio::{
 };
 
 use super::{
-    Error, Finder, Identity, identify,
+    Error, Finder, Identity,
+    finder::is_writable_at,
+    identify,
     server::{ServingProcess, serving_process},
 };
 use crate::{mount::Workers, sys};
 
 /// The interval between probes of lxcfs.
 const PROBE_INTERVAL: Duration = Duration::from_secs(30);
+/// The interval between checks whether a writable lxcfs has become read-only, of which the kernel
+/// sends no notification: at first, and after [`READ_ONLY_SOON`].
+const READ_ONLY_INTERVAL: Duration = Duration::from_secs(1);
+const READ_ONLY_LONG_INTERVAL: Duration = Duration::from_secs(30);
+const READ_ONLY_SOON: Duration = Duration::from_secs(60);
 /// On a busy node mounts change all the time; the table is read at most this often.
 const DEBOUNCE: Duration = Duration::from_millis(50);
 
@@ -36,6 +43,8 @@ pub enum Change {
     Exited { was: Identity, supervised: bool },
     /// It does not respond.
     Unresponsive(Identity),
+    /// It was writable, so that it did not serve `cpu`, and has become read-only.
+    ReadOnly(Identity),
 }
 
 /// The kernel's notification that our mount table changed.
@@ -84,6 +93,8 @@ pub struct Watcher {
     probing: Option<JoinHandle<Result<(), Error>>>,
     /// [`Change::Unresponsive`] was reported and still holds.
     unresponsive: bool,
+    /// Since when the current lxcfs is known to be writable, and when that is checked again.
+    writable: Option<(Instant, Instant)>,
 }
 
 /// The process that serves the mount.
@@ -103,7 +114,7 @@ impl Watcher {
         let mut probe = tokio::time::interval_at(Instant::now() + PROBE_INTERVAL, PROBE_INTERVAL);
         probe.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let current = identify(finder.path());
-        Ok(Watcher {
+        let mut watcher = Watcher {
             finder,
             workers,
             mount_table,
@@ -113,7 +124,30 @@ impl Watcher {
             probe,
             probing: None,
             unresponsive: false,
-        })
+            writable: None,
+        };
+        watcher.watch_writable();
+        Ok(watcher)
+    }
+
+    /// Starts the checks whether the current lxcfs becomes read-only, if it is not.
+    fn watch_writable(&mut self) {
+        let writable = self.current.is_some() && is_writable_at(self.finder.path());
+        let now = Instant::now();
+        self.writable = writable.then_some((now, now + READ_ONLY_INTERVAL));
+    }
+
+    /// Checks whether the current lxcfs has become read-only.
+    fn read_only(&mut self) -> Option<Change> {
+        let ((since, _), current) = (self.writable?, self.current?);
+        if is_writable_at(self.finder.path()) {
+            let soon = since.elapsed() < READ_ONLY_SOON;
+            let interval = if soon { READ_ONLY_INTERVAL } else { READ_ONLY_LONG_INTERVAL };
+            self.writable = Some((since, Instant::now() + interval));
+            return None;
+        }
+        self.writable = None;
+        Some(Change::ReadOnly(current))
     }
 
     /// Sends every change until the receiver is dropped.
@@ -157,6 +191,13 @@ impl Watcher {
                     None => std::future::pending().await,
                 }
             };
+            let check = self.writable.filter(|_| self.current.is_some()).map(|(_, at)| at);
+            let checked = async {
+                match check {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 biased;
                 () = exited => {
@@ -178,8 +219,17 @@ impl Watcher {
                     if current != self.current {
                         self.current = current;
                         self.unresponsive = false;
+                        self.watch_writable();
                         (self.server, self.unsearched) = (None, true);
                         return Change::Mounted(current);
+                    }
+                    if let Some(change) = self.read_only() {
+                        return change;
+                    }
+                }
+                () = checked => {
+                    if let Some(change) = self.read_only() {
+                        return change;
                     }
                 }
                 _ = self.probe.tick(), if may_probe => {

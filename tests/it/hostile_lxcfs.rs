@@ -3,6 +3,7 @@
 use std::{fs, io::Write, net::TcpStream, path::Path, time::Duration};
 
 use nix::sys::signal::Signal;
+use rustix::mount::FsPickFlags;
 use serde_json::json;
 
 use crate::harness::*;
@@ -228,5 +229,32 @@ fn cpu_of_a_writable_lxcfs_is_skipped_with_a_reason() {
         assert_eq!(views(&target.mountinfo()).len(), ALWAYS.len() - 1);
         let checks = stdout(&run(&["check", "--lxcfs-path", lxcfs.path()]));
         assert!(checks.contains("without cpu, because lxcfs is writable"), "{checks}");
+    });
+}
+
+/// Makes the file system read-only, but not the mount: the kernel sends no notification of that.
+fn make_read_only(path: &Path) {
+    let flags = FsPickFlags::FSPICK_CLOEXEC;
+    let context = rustix::mount::fspick(rustix::fs::CWD, path, flags).unwrap();
+    rustix::mount::fsconfig_set_flag(&context, "ro").unwrap();
+    rustix::mount::fsconfig_reconfigure(&context).unwrap();
+}
+
+#[test]
+fn cpu_is_injected_when_lxcfs_becomes_read_only() {
+    isolated(|| {
+        let (lxcfs, reader) = (Lxcfs::start(), Reader::start(Duration::from_millis(50)));
+        let remount = program("mount").args(["-o", "remount,rw", lxcfs.path()]).output().unwrap();
+        assert!(remount.status.success(), "{}", stderr(&remount));
+        let (pods, dir) = (Pods::start(), tempfile::tempdir().unwrap());
+        let agent = agent_of(dir.path(), &pods, lxcfs.path());
+        pods.run("in", &reader.id, json!({"kube-lxcfs.io/inject": "true"}));
+        has_views("the reader without cpu", reader.pid(), ALWAYS.len() - 1);
+        let injections =
+            || metric(&agent, "operations_total{operation=\"inject\",result=\"success\"}");
+        eventually_true("the first operation is over", || injections() >= 1.0);
+        make_read_only(&lxcfs.path);
+        has_views("the reader", reader.pid(), ALWAYS.len());
+        eventually_true("the second operation is over", || injections() >= 2.0);
     });
 }

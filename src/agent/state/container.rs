@@ -11,7 +11,7 @@ use crate::{
         status::{ContainerState, ContainerStatus, DesiredStatus},
         view::FileSet,
     },
-    plan::{DesiredView, Step},
+    plan::{DesiredView, SkipReason, Step},
 };
 
 /// For the pod's owner. The cause, with advice for the node's administrator, is in the log.
@@ -30,6 +30,8 @@ pub(super) struct Container {
     pub(super) in_flight: Option<InFlight>,
     /// With adoption: its last operation had no lxcfs, so another follows when there is one.
     pub(super) adoption_pending: bool,
+    /// A file was skipped because lxcfs is writable.
+    pub(super) skips_writable: bool,
     /// The number of retries so far, and the time of the next.
     pub(super) retry: Option<(u32, Instant)>,
     /// The last error that an event reported, so that retries do not repeat it.
@@ -102,6 +104,8 @@ impl Container {
         match completion {
             Completion::Applied { done, skipped } => {
                 report.add_steps(&self.name, &done);
+                self.skips_writable =
+                    skipped.iter().any(|(_, why)| *why == SkipReason::WritableLxcfs);
                 if let Some((trigger, at)) = self.triggered.take()
                     && done.iter().any(|step| matches!(step, Step::Inject(_)))
                 {

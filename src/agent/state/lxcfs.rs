@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::State;
+use super::{State, container::Container};
 use crate::{plan::DesiredView, telemetry::Backoff};
 
 /// The delay before the next search for an absent lxcfs.
@@ -86,5 +86,14 @@ impl State {
                 c.requeue();
             }
         }
+    }
+
+    /// The serving lxcfs has become read-only, so that it serves `cpu` too: the containers without
+    /// it are reconciled again.
+    pub fn lxcfs_read_only(&mut self) {
+        let skips = |c: &Container| {
+            c.skips_writable || c.in_flight.is_some_and(|operation| operation.with_lxcfs)
+        };
+        self.containers.values_mut().filter(|c| skips(c)).for_each(Container::requeue);
     }
 }

@@ -12,7 +12,7 @@ use crate::{
         pod::{self, Annotations, Namespace},
         view::{FileSet, ViewFile},
     },
-    plan::Step,
+    plan::{SkipReason, Step},
     sys::mountinfo::MountId,
 };
 
@@ -238,6 +238,35 @@ fn nesting_container_is_skipped_with_one_event() {
     assert_eq!(ids(&operations), ["id2"]);
     assert_eq!(operations[0].desired, DesiredView::Exactly(FileSet::ALL));
     assert_eq!(state.take_events(), []);
+}
+
+#[test]
+fn containers_without_cpu_follow_a_read_only_lxcfs() {
+    let now = Instant::now();
+    let mut state = listed(vec![pod("p", Some("true"), [Some(1), Some(2)])]);
+    assert_eq!(ids(&state.poll_operations(now)), ["id1", "id2"]);
+    let mut without_cpu = done([Step::Inject(ViewFile::Meminfo)]);
+    if let Completion::Applied { skipped, .. } = &mut without_cpu {
+        skipped.push((ViewFile::Cpu, SkipReason::WritableLxcfs));
+    }
+    state.completed(&id(1), without_cpu.clone(), now);
+    state.completed(&id(2), done([Step::Inject(ViewFile::Cpu)]), now);
+    assert_eq!(state.take_events().len(), 1);
+    assert_eq!(state.poll_operations(now), []);
+    state.lxcfs_read_only();
+    assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
+    // It opened the files of lxcfs before.
+    state.lxcfs_read_only();
+    if let Completion::Applied { done, .. } = &mut without_cpu {
+        done.clear();
+    }
+    state.completed(&id(1), without_cpu, now);
+    assert_eq!(state.take_events(), [], "a retry creates no event");
+    assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
+    state.completed(&id(1), done([Step::Inject(ViewFile::Cpu)]), now);
+    assert_eq!(state.take_events().len(), 1);
+    state.lxcfs_read_only();
+    assert_eq!(state.poll_operations(now), []);
 }
 
 #[test]
