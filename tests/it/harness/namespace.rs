@@ -79,8 +79,17 @@ pub(crate) fn unmount(path: &Path) {
     while nix::mount::umount2(path, flags).is_ok() {}
 }
 
+/// The mount table of a process, without the mounts of others on this machine: namespaces have
+/// copies of them, which vanish when their mount points are removed.
 pub(crate) fn mountinfo(pid: i32) -> String {
-    fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap()
+    let table = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap();
+    let temporary = std::env::temp_dir();
+    let is_ours = |line: &&str| {
+        let point = Path::new(line.split(' ').nth(4).unwrap());
+        let ours = ["/proc", "/sys", "/dev", "/run", "/etc", temporary.to_str().unwrap()];
+        point == Path::new("/") || ours.iter().any(|dir| point.starts_with(dir))
+    };
+    table.lines().filter(is_ours).map(|line| format!("{line}\n")).collect()
 }
 
 /// The mount table of this process, which is the node's.
