@@ -59,7 +59,8 @@ impl Reconciler {
     pub(super) fn spawn(&self, operation: Operation, generation: u64, blocks_start: bool) {
         let Reconciler { workers, runtime, lxcfs, adopt, permits, start_permits, tx } =
             self.clone();
-        let permits = if blocks_start { start_permits } else { permits };
+        let (permits, workers) =
+            if blocks_start { (start_permits, workers.urgent()) } else { (permits, workers) };
         tokio::spawn(async move {
             let Operation { id, desired, name, pid, with_lxcfs } = operation;
             let started = Instant::now();

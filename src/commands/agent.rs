@@ -25,6 +25,8 @@ use crate::{
     telemetry::{events::Events, metrics::Metrics},
 };
 
+/// The number of threads, beside `--workers`, for operations that a blocked start waits for.
+const RESERVED_WORKERS: usize = 1;
 /// The capacity of a channel to the agent's loop, in messages.
 const CHANNEL_CAPACITY: usize = 256;
 
@@ -33,6 +35,7 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     let lxcfs_path = common.lxcfs_path.clone();
     let cri = CriClient::new(common.cri_endpoint, common.host_root.clone());
     let workers = workers(args.workers, Purpose::Mount)?;
+    workers.reserve(RESERVED_WORKERS).context("failed to start the threads that mount")?;
     let finder = Finder::new(&common.lxcfs_path);
     let (updates_tx, updates) = mpsc::channel(CHANNEL_CAPACITY);
     let (lxcfs_changes_tx, lxcfs_changes) = mpsc::channel(CHANNEL_CAPACITY);
@@ -72,7 +75,8 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
         cri: (common.pid_from != PidSource::Proc).then(|| cri.clone()),
     };
     let dependencies = Dependencies {
-        lxcfs: SharedLxcfs::new(finder, workers.clone()),
+        // Blocked starts wait for its searches.
+        lxcfs: SharedLxcfs::new(finder, workers.urgent()),
         workers,
         runtime: Runtime::new(common.pid_from, cri),
         events,

@@ -22,7 +22,24 @@ use super::WorkerContext;
 /// The limit of hung threads, beside those that work. Beyond it jobs are refused, queued ones too.
 const MAX_HUNG_THREADS: usize = 64;
 
-type Job = Box<dyn FnOnce(&WorkerContext, &Arc<AtomicBool>) + Send>;
+type Job = Box<dyn FnOnce(&WorkerContext, &Arc<Thread>) + Send>;
+
+/// One thread, as its jobs see it.
+#[derive(Debug)]
+struct Thread {
+    kind: ThreadKind,
+    /// It missed a deadline and is replaced.
+    abandoned: AtomicBool,
+}
+
+/// Which jobs a thread runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ThreadKind {
+    /// All, the urgent ones first.
+    Any,
+    /// Urgent ones only.
+    Reserved,
+}
 
 /// The reason why a job has no result.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +63,8 @@ pub struct JobTimeout<T> {
 #[derive(Clone, Debug)]
 pub struct Workers {
     pool: Arc<Pool>,
+    /// Jobs of this clone are urgent.
+    urgent: bool,
     // Dropped with the last clone of Workers; the threads themselves hold none.
     _close: Arc<CloseOnDrop>,
 }
@@ -57,18 +76,22 @@ impl Drop for CloseOnDrop {
     fn drop(&mut self) {
         self.0.queue().closed = true;
         self.0.ready.notify_all();
+        self.0.urgent_ready.notify_all();
     }
 }
 
 struct Pool {
     queue: Mutex<Queue>,
+    /// For the threads that run any job, and for the reserved ones.
     ready: Condvar,
+    urgent_ready: Condvar,
     hung: AtomicUsize,
     deadline: Duration,
 }
 
 #[derive(Default)]
 struct Queue {
+    urgent: VecDeque<Job>,
     jobs: VecDeque<Job>,
     closed: bool,
 }
@@ -91,14 +114,29 @@ impl Workers {
         let pool = Arc::new(Pool {
             queue: Mutex::default(),
             ready: Condvar::new(),
+            urgent_ready: Condvar::new(),
             hung: AtomicUsize::new(0),
             deadline,
         });
-        let workers = Workers { _close: Arc::new(CloseOnDrop(pool.clone())), pool };
+        let close = Arc::new(CloseOnDrop(pool.clone()));
+        let workers = Workers { pool, urgent: false, _close: close };
         for _ in 0..threads.max(1) {
-            workers.pool.spawn()?;
+            workers.pool.spawn(ThreadKind::Any)?;
         }
         Ok(workers)
+    }
+
+    /// Starts more threads, for urgent jobs only.
+    ///
+    /// # Errors
+    /// As [`Workers::start`].
+    pub fn reserve(&self, threads: usize) -> io::Result<()> {
+        (0..threads).try_for_each(|_| self.pool.spawn(ThreadKind::Reserved))
+    }
+
+    /// The same pool, for jobs that others wait for: they come before all jobs that are not urgent.
+    pub fn urgent(&self) -> Workers {
+        Workers { urgent: true, ..self.clone() }
     }
 
     /// Runs a job on one of the threads.
@@ -113,13 +151,14 @@ impl Workers {
         if hung >= MAX_HUNG_THREADS {
             return Err(JobTimeout { error: Error::TooManyHung(hung), result: None });
         }
-        let started: Arc<OnceLock<(Instant, Arc<AtomicBool>)>> = Arc::default();
+        let started: Arc<OnceLock<(Instant, Arc<Thread>)>> = Arc::default();
         let (result_tx, mut result) = oneshot::channel();
         let start = started.clone();
-        self.pool.push(Box::new(move |context, abandoned| {
-            let _ = start.set((Instant::now(), abandoned.clone()));
+        let job: Job = Box::new(move |context, thread| {
+            let _ = start.set((Instant::now(), thread.clone()));
             let _ = result_tx.send(job(context));
-        }));
+        });
+        self.pool.push(job, self.urgent);
         let deadline = self.pool.deadline;
         loop {
             // Time in the queue does not count: a full pool is busy, not hung. The thread sends no
@@ -135,10 +174,10 @@ impl Workers {
                 };
                 return result.map_err(dropped).map_err(|error| JobTimeout { error, result: None });
             }
-            if let Some((at, abandoned)) = started.get()
+            if let Some((at, thread)) = started.get()
                 && at.elapsed() >= deadline
             {
-                self.pool.abandon(abandoned);
+                self.pool.abandon(thread);
                 return Err(JobTimeout { error: Error::TimedOut(deadline), result: Some(result) });
             }
         }
@@ -165,25 +204,31 @@ impl Pool {
         self.hung.load(Ordering::SeqCst) >= MAX_HUNG_THREADS
     }
 
-    fn push(&self, job: Job) {
-        self.queue().jobs.push_back(job);
+    fn push(&self, job: Job, urgent: bool) {
+        let mut queue = self.queue();
+        let jobs = if urgent { &mut queue.urgent } else { &mut queue.jobs };
+        jobs.push_back(job);
+        drop(queue);
         self.ready.notify_one();
+        if urgent {
+            self.urgent_ready.notify_one();
+        }
     }
 
     /// Replaces a thread that hangs.
-    fn abandon(self: &Arc<Self>, abandoned: &AtomicBool) {
+    fn abandon(self: &Arc<Self>, thread: &Thread) {
         // Counted before the flag is set, so that the thread's own subtraction cannot come first.
         self.hung.fetch_add(1, Ordering::SeqCst);
-        if abandoned.swap(true, Ordering::SeqCst) {
+        if thread.abandoned.swap(true, Ordering::SeqCst) {
             self.hung.fetch_sub(1, Ordering::SeqCst);
             return;
         }
-        if let Err(cause) = self.spawn() {
+        if let Err(cause) = self.spawn(thread.kind) {
             tracing::error!(%cause, "failed to replace a hung worker thread");
         }
     }
 
-    fn spawn(self: &Arc<Self>) -> io::Result<()> {
+    fn spawn(self: &Arc<Self>, kind: ThreadKind) -> io::Result<()> {
         let pool = self.clone();
         let (ready_tx, ready) = mpsc::sync_channel(1);
         let thread = move || {
@@ -192,27 +237,34 @@ impl Pool {
                 Err(e) => return drop(ready_tx.send(Err(e))),
             };
             let _ = ready_tx.send(Ok(()));
-            pool.work(&context);
+            pool.work(&context, kind);
         };
         thread::Builder::new().name("mount".into()).stack_size(256 << 10).spawn(thread)?;
         ready.recv().unwrap_or_else(|_| Err(io::Error::other("the thread exited at its start")))
     }
 
-    fn work(self: &Arc<Self>, context: &WorkerContext) {
-        let abandoned = Arc::new(AtomicBool::new(false));
+    /// Waits for the next job of a thread of this kind. `None` when the pool is closed.
+    fn next_job(&self, kind: ThreadKind) -> Option<Job> {
+        let mut queue = self.queue();
         loop {
-            let job = {
-                let mut queue = self.queue();
-                loop {
-                    if let Some(job) = queue.jobs.pop_front() {
-                        break job;
-                    }
-                    if queue.closed {
-                        return;
-                    }
-                    queue = self.ready.wait(queue).unwrap_or_else(PoisonError::into_inner);
-                }
+            let ready = match kind {
+                ThreadKind::Any => &self.ready,
+                ThreadKind::Reserved => &self.urgent_ready,
             };
+            let mut job = queue.urgent.pop_front();
+            if kind == ThreadKind::Any {
+                job = job.or_else(|| queue.jobs.pop_front());
+            }
+            if job.is_some() || queue.closed {
+                return job;
+            }
+            queue = ready.wait(queue).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn work(self: &Arc<Self>, context: &WorkerContext, kind: ThreadKind) {
+        let thread = Arc::new(Thread { kind, abandoned: AtomicBool::new(false) });
+        while let Some(job) = self.next_job(kind) {
             if self.is_exhausted() {
                 drop(job);
                 continue;
@@ -220,8 +272,8 @@ impl Pool {
             // A panic drops the job's sender, which the caller sees; the guard of `enter` has
             // restored the namespace.
             let _ =
-                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(context, &abandoned)));
-            if abandoned.load(Ordering::SeqCst) {
+                std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| job(context, &thread)));
+            if thread.abandoned.load(Ordering::SeqCst) {
                 self.hung.fetch_sub(1, Ordering::SeqCst);
                 return;
             }
@@ -284,6 +336,42 @@ mod tests {
             }
         }
         assert!(recovered);
+    }
+
+    #[tokio::test]
+    async fn urgent_jobs_wait_for_no_others() {
+        let workers = workers(2, Duration::from_secs(3600));
+        workers.reserve(1).unwrap();
+        let (started_tx, started) = mpsc::channel();
+        let released = Arc::new((Mutex::new(false), Condvar::new()));
+        // Two run, and three are in the queue.
+        let held = (0..5).map(|_| {
+            let (released, workers, started) =
+                (released.clone(), workers.clone(), started_tx.clone());
+            tokio::spawn(async move {
+                let job = workers.run(move |_| {
+                    started.send(()).unwrap();
+                    let held = released.0.lock().unwrap();
+                    drop(released.1.wait_while(held, |released| !*released).unwrap());
+                });
+                job.await.unwrap();
+            })
+        });
+        let held: Vec<_> = held.collect();
+        let mut running = 0;
+        while running < 2 || workers.pool.queue().jobs.len() != 3 {
+            running += started.try_iter().count();
+            tokio::task::yield_now().await;
+        }
+        let urgent = workers.urgent();
+        let numbers = futures::future::join_all((0..10).map(|n| urgent.run(move |_| n))).await;
+        assert_eq!(numbers.into_iter().map(Result::unwrap).sum::<usize>(), 45);
+        assert_eq!(workers.pool.queue().jobs.len(), 3, "no reserved thread runs these");
+        *released.0.lock().unwrap() = true;
+        released.1.notify_all();
+        for job in held {
+            job.await.unwrap();
+        }
     }
 
     #[tokio::test]
