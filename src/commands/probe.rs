@@ -13,7 +13,9 @@ use crate::{
 
 pub(super) fn run(ProbeArgs { pid, file, major, minor }: ProbeArgs) -> Result<ExitCode> {
     let file = file.iter().next().context("no view file")?;
-    let process = Process::open(pid)?;
+    // It may be the id of a thread that is alone in its namespace. Whichever task has it now, the
+    // device of the view file is checked.
+    let process = Process::open(pid).or_else(|_| Process::open_thread(pid, pid))?;
     let state = mount::probe_blocking(&process, file, Dev { major, minor });
     let state = state.map_err(|e| anyhow!(e))?;
     print(Output::Text, &state, || vec![state.to_owned()])?;

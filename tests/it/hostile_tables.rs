@@ -194,25 +194,49 @@ fn views_are_swept(lxcfs: &Supervised, thread: &Path) {
     });
 }
 
+/// Runs `work` while a thread of this process is in a copy of the container's mount namespace.
+/// It gets the directory of the thread in `/proc`.
+fn with_thread_in_copy(bare: &Bare, work: impl FnOnce(&Path)) {
+    let (tid_tx, tid) = mpsc::channel();
+    let (done_tx, done) = mpsc::channel::<()>();
+    let pid = bare.pid;
+    let thread = std::thread::spawn(move || {
+        inside(pid, move || {
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            tid_tx.send(nix::unistd::gettid()).unwrap();
+            let _ = done.recv();
+        });
+    });
+    work(Path::new(&format!("/proc/self/task/{}", tid.recv().unwrap())));
+    drop(done_tx);
+    thread.join().unwrap();
+}
+
 #[test]
 fn namespace_of_a_single_thread_is_swept() {
     isolated(|| {
         let (lxcfs, bare) = (Supervised::start(&[]), Bare::start());
         inject(lxcfs.path(), &bare);
-        let (tid_tx, tid) = mpsc::channel();
-        let (swept_tx, swept) = mpsc::channel::<()>();
-        let pid = bare.pid;
-        let thread = std::thread::spawn(move || {
-            inside(pid, move || {
-                unshare(CloneFlags::CLONE_NEWNS).unwrap();
-                tid_tx.send(nix::unistd::gettid()).unwrap();
-                let _ = swept.recv();
-            });
+        with_thread_in_copy(&bare, |thread| views_are_swept(&lxcfs, thread));
+    });
+}
+
+#[test]
+fn view_that_only_a_thread_has_is_probed() {
+    isolated(|| {
+        let (mut lxcfs, bare) = (Lxcfs::start(), Bare::start());
+        inject(lxcfs.path(), &bare);
+        with_thread_in_copy(&bare, |thread| {
+            succeeds(&["umount", "--pid", &bare.pid.to_string()]);
+            lxcfs.process.kill();
+            // Not the lxcfs at the path: only a probe shows its state.
+            let status = succeeds(&["status", "--pid-from", "proc", "--lxcfs-path", "/var/empty"]);
+            assert_eq!(status.matches(" dead ").count(), 1, "{status}");
+            // A supervisor of another path sweeps it at its start.
+            let _other = Supervised::start(&[]);
+            let table = fs::read_to_string(thread.join("mountinfo")).unwrap();
+            assert_eq!(views(&table), Vec::<String>::new());
         });
-        let task = format!("/proc/self/task/{}", tid.recv().unwrap());
-        views_are_swept(&lxcfs, Path::new(&task));
-        drop(swept_tx);
-        thread.join().unwrap();
     });
 }
 
