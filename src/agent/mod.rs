@@ -23,7 +23,7 @@ use self::{
     state::{Completion, State},
 };
 use crate::{
-    lxcfs::{self, Change, SharedLxcfs},
+    lxcfs::{self, Change, NoticedBy, SharedLxcfs},
     model::{
         container_id::ContainerId,
         pod::{Trigger, Update},
@@ -295,7 +295,7 @@ impl Agent {
         self.set_lxcfs_up(matches!(change, Change::Mounted(Some(_))));
         let exited = match change {
             Change::Mounted(_) | Change::ReadOnly(_) => None,
-            Change::Exited { was, supervised } => Some((was, supervised)),
+            Change::Exited { was, supervised, .. } => Some((was, supervised)),
             Change::Unresponsive(was) => Some((was, false)),
         };
         if let Some((was, supervised)) = exited {
@@ -365,8 +365,13 @@ fn log_lxcfs_change(change: Change) {
             tracing::info!(lxcfs = "read-only", dev = %identity.dev, "lxcfs changed");
         }
         Change::Mounted(None) => tracing::info!(lxcfs = "unmounted", "lxcfs changed"),
-        Change::Exited { was, supervised } => {
-            tracing::info!(lxcfs = "exited", dev = %was.dev, supervised, "lxcfs changed");
+        Change::Exited { was, supervised, noticed_by } => {
+            let noticed_by = match noticed_by {
+                NoticedBy::Pidfd => "pidfd",
+                NoticedBy::Probe => "probe",
+            };
+            let dev = was.dev;
+            tracing::info!(lxcfs = "exited", %dev, supervised, noticed_by, "lxcfs changed");
         }
         Change::Unresponsive(was) => {
             tracing::info!(lxcfs = "unresponsive", dev = %was.dev, "lxcfs changed");

@@ -14,7 +14,7 @@ pub use self::{
     finder::{Finder, find, wait_until_serving},
     server::processes_serving,
     shared::{Acquired, SharedLxcfs},
-    watcher::{Change, MountTableWatch, Watcher},
+    watcher::{Change, MountTableWatch, NoticedBy, Watcher},
 };
 use crate::{
     mount::{WorkError, observe::LXCFS_FSTYPE},

@@ -40,11 +40,20 @@ pub enum Change {
     /// Another lxcfs serves at the path now, or none. The previous one may still respond.
     Mounted(Option<Identity>),
     /// Its process exited. `supervised`: by a `kube-lxcfs lxcfs`, which sweeps.
-    Exited { was: Identity, supervised: bool },
+    Exited { was: Identity, supervised: bool, noticed_by: NoticedBy },
     /// It does not respond.
     Unresponsive(Identity),
     /// It was writable, so that it did not serve `cpu`, and has become read-only.
     ReadOnly(Identity),
+}
+
+/// How the exit of an lxcfs was noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NoticedBy {
+    /// Its process's pidfd, without delay.
+    Pidfd,
+    /// A probe, up to 30 s later.
+    Probe,
 }
 
 /// The kernel's notification that our mount table changed.
@@ -211,7 +220,8 @@ impl Watcher {
                         }
                     }
                     if let Some(was) = self.current.take() {
-                        return Change::Exited { was, supervised };
+                        let noticed_by = NoticedBy::Pidfd;
+                        return Change::Exited { was, supervised, noticed_by };
                     }
                 }
                 () = self.mount_table.changed() => {
@@ -248,7 +258,8 @@ impl Watcher {
                         (Err(Error::Dead(_)), Some(was)) => {
                             self.current = None;
                             self.server = None;
-                            return Change::Exited { was, supervised: false };
+                            let noticed_by = NoticedBy::Probe;
+                            return Change::Exited { was, supervised: false, noticed_by };
                         }
                         _ => {}
                     }

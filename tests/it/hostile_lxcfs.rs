@@ -156,7 +156,10 @@ fn impostor_is_not_taken_for_the_serving_lxcfs() {
         std::thread::sleep(Duration::from_secs(1));
         assert_eq!(agent.logged(&[("lxcfs", "exited")]), 0, "{}", agent.log());
         lxcfs.process.kill();
+        // By the death of its process, not by the probe every 30 s.
         eventually_true("the exit is noticed", || agent.logged(&[("lxcfs", "exited")]) == 1);
+        let noticed = [("lxcfs", "exited"), ("noticed_by", "pidfd")];
+        assert_eq!(agent.logged(&noticed), 1, "{}", agent.log());
     });
 }
 
