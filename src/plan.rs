@@ -224,6 +224,8 @@ impl fmt::Display for SkipReason {
 pub struct Plan {
     pub steps: Vec<Step>,
     pub skipped: Vec<(ViewFile, SkipReason)>,
+    /// The desired files that the container has from the serving lxcfs after the steps.
+    pub view: FileSet,
 }
 
 /// Plans. Without a serving lxcfs nothing is injected and desired views stay as they are; undesired
@@ -247,9 +249,14 @@ pub fn plan(
             };
             if let Some(Layer { id, kind: LayerKind::PodProvided(dev), .. }) = below
                 && usable
-                && *dev != serving.dev
             {
-                plan.steps.push(Step::Adopt { file: *file, mount: *id });
+                if *dev != serving.dev {
+                    plan.steps.push(Step::Adopt { file: *file, mount: *id });
+                }
+                // A desired one: it is kept current as a view file is.
+                if plan.skipped.contains(&(*file, SkipReason::PodProvided)) {
+                    plan.view.insert(*file);
+                }
             }
         }
     }
@@ -344,9 +351,13 @@ fn plan_managed(
                 };
                 plan.skipped.push((file, why));
             }
-            (None, []) => plan.steps.push(Step::Inject(file)),
+            (None, []) => {
+                plan.view.insert(file);
+                plan.steps.push(Step::Inject(file));
+            }
             // One stays: the lowest. The others are removed first, and the lowest is made current.
             (None, [lowest, above @ ..]) => {
+                plan.view.insert(file);
                 plan.steps.extend(remove(file, above));
                 plan.steps.extend(lowest.make_current(file, serving.dev));
             }
@@ -398,6 +409,29 @@ mod tests {
 
     fn cover(mount: u64, with: CoverFile, locked: bool) -> Step {
         Step::Cover { file: FILE, mount: MountId(mount), with, locked }
+    }
+
+    #[test]
+    fn view_is_what_the_container_has_after_the_steps() {
+        use LayerKind::{Managed, PodProvided, Unrelated};
+        let files = FileSet::from_iter([ViewFile::Meminfo]);
+        let serving = Some(ServingLxcfs { dev: NEW, files, writable: false });
+        let view = |desired, layers: &[LayerKind], adopt| {
+            !plan(desired, &observed(layers), serving, adopt).view.is_empty()
+        };
+        let all = DesiredView::Exactly(FileSet::ALL);
+        for (layers, has_view) in [
+            (&[][..], true),
+            (&[Managed(OLD)], true),
+            (&[Managed(NEW)], true),
+            (&[Unrelated], false),
+            (&[PodProvided(NEW)], false),
+        ] {
+            assert_eq!(view(all, layers, false), has_view, "{layers:?}");
+            assert!(!view(DesiredView::Absent, layers, false));
+        }
+        assert!(view(all, &[PodProvided(NEW)], true) && view(all, &[PodProvided(OLD)], true));
+        assert!(!view(DesiredView::Absent, &[PodProvided(OLD)], true));
     }
 
     #[test]

@@ -196,7 +196,7 @@ impl From<runtime::Error> for Completion {
 impl From<Result<Outcome, mount::Error>> for Completion {
     fn from(reconciled: Result<Outcome, mount::Error>) -> Completion {
         match reconciled {
-            Ok(Outcome { done, skipped }) => Completion::Applied { done, skipped },
+            Ok(Outcome { done, skipped, view }) => Completion::Applied { done, skipped, view },
             Err(mount::Error::ProcessExited(_) | mount::Error::LxcfsUnmounted) => {
                 Completion::NotRunning
             }
@@ -258,7 +258,7 @@ mod tests {
     #[test]
     fn only_failures_of_the_pod_complete_as_failed() {
         let done = vec![Step::Inject(ViewFile::Uptime)];
-        let outcome = Outcome { done: done.clone(), skipped: Vec::new() };
+        let outcome = Outcome { done: done.clone(), ..Outcome::default() };
         let cause = || io::Error::other("no");
         let completion = |e: mount::Error| Completion::from(Err::<Outcome, _>(e));
         // An lxcfs that is unmounted during an operation is no failure of the pod: a retry follows.

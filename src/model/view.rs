@@ -176,6 +176,10 @@ impl FileSet {
         self.0 |= file.bit();
     }
 
+    pub fn remove(&mut self, file: ViewFile) {
+        self.0 &= !file.bit();
+    }
+
     pub fn is_empty(self) -> bool {
         self.0 == 0
     }

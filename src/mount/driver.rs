@@ -64,7 +64,7 @@ pub fn reconcile_blocking(
     let mut lock = None;
     let mut locked = HashSet::new();
     for attempts_left in (0..MAX_REPLANS).rev() {
-        let (Plan { steps, skipped }, bases) = context.enter(process, |entered| {
+        let (Plan { steps, skipped, view }, bases) = context.enter(process, |entered| {
             // Another kube-lxcfs may be at work here: the lock keeps it from changes between our
             // observation and our steps.
             if lock.is_none() {
@@ -76,7 +76,7 @@ pub fn reconcile_blocking(
             let bases = entered.hold_bases(&observed, &plan.steps);
             Ok((plan, bases))
         })?;
-        outcome.skipped = skipped;
+        (outcome.skipped, outcome.view) = (skipped, view);
         if steps.is_empty() {
             return Ok(outcome);
         }
@@ -96,7 +96,10 @@ pub fn reconcile_blocking(
                 };
                 match applied {
                     Ok(()) => outcome.done.push(step),
-                    Err((_, StepFailure::Skipped(why))) => outcome.skipped.push((step.file(), why)),
+                    Err((_, StepFailure::Skipped(why))) => {
+                        outcome.view.remove(step.file());
+                        outcome.skipped.push((step.file(), why));
+                    }
                     Err((_, StepFailure::Changed)) if attempts_left > 0 => changed = true,
                     Err((_, StepFailure::Locked(mount))) if attempts_left > 0 => {
                         locked.insert(mount);

@@ -29,7 +29,7 @@ pub use self::{
     workers::{Error as WorkError, JobTimeout, Workers},
 };
 use crate::{
-    model::view::ViewFile,
+    model::view::{FileSet, ViewFile},
     plan::{self, DesiredView, ObservedMounts, Plan, ServingLxcfs, SkipReason, Step},
     sys::{
         mountinfo::{Dev, ReadError},
@@ -129,6 +129,8 @@ pub struct Outcome {
     pub done: Vec<Step>,
     /// The desired files that were skipped.
     pub skipped: Vec<(ViewFile, SkipReason)>,
+    /// The desired files that the container has, if no step failed.
+    pub view: FileSet,
 }
 
 /// A task in a container.

@@ -102,7 +102,7 @@ impl Container {
     ) -> Option<(Trigger, Duration)> {
         let mut latency = None;
         match completion {
-            Completion::Applied { done, skipped } => {
+            Completion::Applied { done, skipped, view } => {
                 report.add_steps(&self.name, &done);
                 self.skips_writable =
                     skipped.iter().any(|(_, why)| *why == SkipReason::WritableLxcfs);
@@ -111,9 +111,7 @@ impl Container {
                 {
                     latency = Some((trigger, now.saturating_duration_since(at)));
                 }
-                let nothing = done.is_empty()
-                    && matches!(desired, DesiredView::Exactly(f) if f.len() <= skipped.len());
-                if nothing {
+                if matches!(desired, DesiredView::Exactly(_)) && view.is_empty() {
                     let skipped: Vec<String> = skipped.iter().map(describe_skipped).collect();
                     self.report_error(
                         format!("no view file was injected; skipped: {}", skipped.join(", ")),

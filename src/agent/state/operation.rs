@@ -1,7 +1,10 @@
 //! Operations that the state starts, and their completions.
 
 use crate::{
-    model::{container_id::ContainerId, view::ViewFile},
+    model::{
+        container_id::ContainerId,
+        view::{FileSet, ViewFile},
+    },
     plan::{DesiredView, SkipReason, Step},
 };
 
@@ -21,8 +24,8 @@ pub struct Operation {
 /// The completion of an operation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Completion {
-    /// The container has its desired view.
-    Applied { done: Vec<Step>, skipped: Vec<(ViewFile, SkipReason)> },
+    /// The container has its desired view: these files of it, without the skipped ones.
+    Applied { done: Vec<Step>, skipped: Vec<(ViewFile, SkipReason)>, view: FileSet },
     /// The container does not have its desired view, or only a part; a retry follows.
     Failed { done: Vec<Step>, why: String },
     /// The operation missed its deadline. It stays in flight until its real completion.

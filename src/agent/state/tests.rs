@@ -10,6 +10,7 @@ use super::{
 use crate::{
     model::{
         pod::{self, Annotations, Namespace},
+        status::ContainerState,
         view::{FileSet, ViewFile},
     },
     plan::{SkipReason, Step},
@@ -45,7 +46,8 @@ fn listed(pods: Vec<Pod>) -> State {
 }
 
 fn done(steps: impl IntoIterator<Item = Step>) -> Completion {
-    Completion::Applied { done: steps.into_iter().collect(), skipped: Vec::new() }
+    let done: Vec<Step> = steps.into_iter().collect();
+    Completion::Applied { done, skipped: Vec::new(), view: FileSet::ALL }
 }
 
 fn ids(operations: &[Operation]) -> Vec<String> {
@@ -238,6 +240,22 @@ fn nesting_container_is_skipped_with_one_event() {
     assert_eq!(ids(&operations), ["id2"]);
     assert_eq!(operations[0].desired, DesiredView::Exactly(FileSet::ALL));
     assert_eq!(state.take_events(), []);
+}
+
+#[test]
+fn container_without_any_view_file_is_skipped() {
+    let now = Instant::now();
+    let mut state = listed(vec![pod("p", Some("true"), [Some(1), None])]);
+    assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
+    // Of an lxcfs that serves these two.
+    let skipped = [ViewFile::Meminfo, ViewFile::Uptime].map(|f| (f, SkipReason::PathOccupied));
+    let (done, skipped) = (Vec::new(), skipped.to_vec());
+    state.completed(&id(1), Completion::Applied { done, skipped, view: FileSet::NONE }, now);
+    let events = state.take_events();
+    assert_eq!(events.len(), 1);
+    assert_eq!(events[0].reason, Reason::LxcfsInjectFailed);
+    assert!(events[0].note.contains("meminfo (another mount is on its path)"), "{events:?}");
+    assert_eq!(state.snapshot()[0].desired.state, ContainerState::Skipped);
 }
 
 #[test]
