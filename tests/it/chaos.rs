@@ -244,7 +244,12 @@ impl Chaos {
         let hostile = self.node.readers[HONEST..].iter().map(Reader::pid);
         let nested = self.processes.iter().flatten().map(Running::pid);
         for pid in hostile.chain(nested) {
+            let mut attempts = 0;
             eventually(when, || {
+                attempts += 1;
+                if attempts % 100 == 0 {
+                    self.reconcile_hostile();
+                }
                 // Its process may have ended, or have been in the namespace above so far.
                 let table = std::fs::read_to_string(format!("/proc/{pid}/mountinfo"));
                 let Ok(table) = table else { return Ok(()) };
@@ -254,6 +259,16 @@ impl Chaos {
             });
         }
         self.leaves_others_alone();
+    }
+
+    /// A view that the container itself has covered cannot be detached or remounted. Once it is
+    /// uncovered, the next reconcile does it.
+    fn reconcile_hostile(&self) {
+        for container in HONEST..HONEST + HOSTILE {
+            let pod = format!("pod-{container}");
+            self.node.pods.annotate(&pod, json!({"kube-lxcfs.io/files": "meminfo"}));
+            self.node.pods.annotate(&pod, json!({"kube-lxcfs.io/files": null}));
+        }
     }
 
     fn serving(&self) -> Result<String, String> {
