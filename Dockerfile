@@ -1,4 +1,5 @@
-# One image for both commands, `agent` and `lxcfs`. `make image` builds it.
+# Two images, one for each command: `agent` has the program only, `lxcfs` has lxcfs too. `make image`
+# builds both.
 ARG RUST_IMAGE=rust:1-trixie
 ARG DEBIAN_IMAGE=debian:trixie-slim
 
@@ -9,15 +10,32 @@ WORKDIR /src
 COPY . .
 ARG REVISION=unknown
 ENV KUBE_LXCFS_REVISION=${REVISION}
-RUN cargo build --locked --release --bin kube-lxcfs \
-    && cp target/release/kube-lxcfs /usr/local/bin/
+# A static program. With --target, the flag does not reach procedural macros, which are libraries.
+RUN target=$(rustc -vV | sed -n 's/^host: //p') \
+    && RUSTFLAGS="-C target-feature=+crt-static" \
+        cargo build --locked --release --bin kube-lxcfs --target "$target" \
+    && cp "target/$target/release/kube-lxcfs" /usr/local/bin/
 
-FROM ${DEBIAN_IMAGE}
+FROM ${DEBIAN_IMAGE} AS lxcfs
 # The service of the package does not start in a container.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends lxcfs \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*
 COPY --from=build /usr/local/bin/kube-lxcfs /usr/bin/kube-lxcfs
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="kube-lxcfs-lxcfs" \
+    org.opencontainers.image.description="lxcfs and its supervisor, for kube-lxcfs" \
+    org.opencontainers.image.licenses="Apache-2.0" \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}"
+ENTRYPOINT ["/usr/bin/kube-lxcfs"]
+CMD ["--help"]
+
+# No shell and no library.
+FROM scratch AS agent
+COPY --from=build /usr/local/bin/kube-lxcfs /usr/bin/kube-lxcfs
+ENV PATH=/usr/bin
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="kube-lxcfs" \

@@ -14,7 +14,7 @@ test: ## unit and integration tests, with a real lxcfs, containerd and kube-apis
 test-unit: ## unit tests only (no root; needs cargo, a C compiler and protoc)
 	hack/test.sh --unit
 
-e2e: ## image and chart on a cluster on this machine (root), or on KUBECONFIG's with E2E_IMAGE
+e2e: ## images and chart on a cluster on this machine (root), or on KUBECONFIG's with E2E_IMAGE
 	hack/e2e.sh
 
 chaos: ## CHAOS_ROUNDS (200) of random failures; KUBE_LXCFS_SEED repeats a run (root)
@@ -33,7 +33,7 @@ build: ## target/release/kube-lxcfs
 	hack/deps.sh build
 	cargo build --locked --release
 
-image: ## the container image, with docker, podman or buildah
+image: ## the container images of agent and lxcfs, with docker, podman or buildah
 	hack/build-image.sh
 
 manifests: ## manifests/install.yaml, rendered from the chart

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds the image from the Dockerfile with docker, podman or buildah, the first that is installed.
-#   hack/build-image.sh [NAME:TAG]        default: kube-lxcfs:VERSION
+# Builds the images of the Dockerfile with docker, podman or buildah, the first that is installed.
+#   hack/build-image.sh [NAME:TAG]        the agent's NAME:TAG (default: kube-lxcfs:VERSION), and
+#                                         NAME-lxcfs:TAG
 #   hack/build-image.sh --print-args      prints the build arguments, one word a line
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,12 +16,16 @@ if [ "${1-}" = --print-args ]; then
 fi
 
 name=${1:-kube-lxcfs:$version}
+[[ $name =~ :[^:/]+$ ]] || fail "invalid name '$name': expected NAME:TAG"
 if have docker && docker info >/dev/null 2>&1; then
-    docker build "${args[@]}" -t "$name" .
+    build=(docker build)
 elif have podman; then
-    podman build "${args[@]}" -t "$name" .
+    build=(podman build)
 elif have buildah; then
-    buildah bud "${args[@]}" -t "$name" .
+    # With layers, the second target uses the build stage of the first.
+    build=(buildah bud --layers)
 else
     fail "failed to build $name: no docker, podman or buildah; install one of them"
 fi
+"${build[@]}" "${args[@]}" --target agent -t "$name" .
+"${build[@]}" "${args[@]}" --target lxcfs -t "${name%:*}-lxcfs:${name##*:}" .

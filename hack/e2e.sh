@@ -11,8 +11,9 @@
 #   - removes the release and both namespaces at the end, kube-lxcfs only if it has created it
 # Variables:
 #   KUBECONFIG=FILE              the cluster, by its current context; needs E2E_IMAGE
-#   E2E_IMAGE=REPOSITORY:TAG     the image, which the nodes can pull
-#   E2E_IMAGE_2=REPOSITORY:TAG   another tag of it, for the upgrade steps
+#   E2E_IMAGE=REPOSITORY:TAG     the agent's image, which the nodes can pull, as the image of lxcfs:
+#                                REPOSITORY-lxcfs:TAG
+#   E2E_IMAGE_2=REPOSITORY:TAG   another tag of both, for the upgrade steps
 #   E2E_BUSYBOX=IMAGE            the image of test pods (busybox:1)
 #   E2E_VALUES=FILE              more chart values
 #   E2E_NRI=1                    the runtime has NRI
@@ -87,29 +88,33 @@ values=(--namespace "$namespace" --create-namespace --wait --timeout 3m
     --set "test.image=$busybox,test.pullPolicy=$pull,log.format=json")
 if [ -n "${E2E_VALUES-}" ]; then values+=(-f "$E2E_VALUES"); fi
 
-# the_image_builds: sets $archive. The image of an earlier run is used if no input has changed.
-the_image_builds() {
+# the_images_build: sets $archives. Those of an earlier run are used if no input has changed.
+the_images_build() {
     local inputs
     inputs=$(find Dockerfile .dockerignore Cargo.toml Cargo.lock src -type f -print0 |
         sort -z | xargs -0 sha256sum | sha256sum)
-    archive="$CACHE/kube-lxcfs-${inputs:0:12}.tar"
-    if [ ! -f "$archive" ]; then
-        rm -f "$CACHE"/kube-lxcfs-*.tar
-        hack/offline/build-image.sh "$image:$tag" "$archive"
+    archives=$CACHE/kube-lxcfs-${inputs:0:12}
+    if [ ! -f "$archives/lxcfs.tar" ]; then
+        rm -rf "$CACHE"/kube-lxcfs-*
+        hack/offline/build-image.sh "$image:$tag" "$archives"
     fi
 }
 
-load_image() {
-    local ctr
+load_images() {
+    local ctr name
     ctr=$(hack/offline/debian.sh trixie containerd)/usr/bin/ctr
-    "$ctr" -a "$dir/run/sock" -n k8s.io images import "$archive" >/dev/null
-    "$ctr" -a "$dir/run/sock" -n k8s.io images tag "$image:$tag" "$image:$second" >/dev/null
+    for name in agent lxcfs; do
+        "$ctr" -a "$dir/run/sock" -n k8s.io images import "$archives/$name.tar" >/dev/null
+    done
+    for name in "$image" "$image-lxcfs"; do
+        "$ctr" -a "$dir/run/sock" -n k8s.io images tag "$name:$tag" "$name:$second" >/dev/null
+    done
 }
 
 a_node_and_its_control_plane_start() {
     local api
     hack/cluster.sh up "$dir"
-    load_image
+    load_images
     read -r _ api _ <"$dir/ports"
     port=$(python3 -c 'import socket
 s = socket.socket()
@@ -294,16 +299,26 @@ image_of() {
     kubectl -n "$namespace" get "daemonset/kube-lxcfs-$1" -o "jsonpath=$field"
 }
 
-# http PATH: prints the responses of all agents. The requests come from within the agents' pods,
-# which need not be reachable from here.
+# http PATH: prints the responses of all agents. A forwarded request reaches the agent by loopback.
 http() {
-    local pod request="exec 3<>/dev/tcp/127.0.0.1/$port
-        printf 'GET $1 HTTP/1.0\r\n\r\n' >&3
-        cat <&3"
+    local forward local_port pod
     for pod in $(component_pods agent); do
-        kubectl -n "$namespace" exec "$pod" -- bash -c "$request"
+        kubectl -n "$namespace" port-forward "$pod" ":$port" >"$dir/forward" 2>&1 &
+        forward=$!
+        if wait_for 10 has "^Forwarding from 127" "$dir/forward"; then
+            local_port=$(sed -n 's/^Forwarding from 127.0.0.1:\([0-9]*\) .*/\1/p' "$dir/forward")
+            get "$local_port" "$1" || true
+        fi
+        kill "$forward" 2>/dev/null || true
+        wait "$forward" 2>/dev/null || true
     done
 }
+# get PORT PATH: prints the response of a server on loopback.
+get() (
+    exec 3<>"/dev/tcp/127.0.0.1/$1"
+    printf 'GET %s HTTP/1.0\r\n\r\n' "$2" >&3
+    cat <&3
+)
 # metric SERIES: the sum over all agents.
 metric() {
     http /metrics |
@@ -360,6 +375,18 @@ metrics_and_status_agree() {
     [ "$(metric kube_lxcfs_lxcfs_up)" -ge 1 ] || fail "lxcfs_up: $(metric kube_lxcfs_lxcfs_up)"
     all_ready || fail "an agent is not ready: $(http /readyz)"
     status_shows_desired_views || fail "/status shows no desired view: $(http /status)"
+}
+
+the_image_of_the_agent_has_no_shell() {
+    local pod shell
+    for pod in $(component_pods agent); do
+        for shell in sh bash /bin/sh /bin/busybox; do
+            ! kubectl -n "$namespace" exec "$pod" -- "$shell" -c true >/dev/null 2>&1 ||
+                fail "$pod has $shell"
+        done
+        kubectl -n "$namespace" exec "$pod" -- kube-lxcfs status | has meminfo ||
+            fail "$pod: kube-lxcfs status shows no view"
+    done
 }
 
 annotations_and_labels_of_running_pods_take_effect() {
@@ -489,6 +516,42 @@ sleep 1000000'
     rolled_out agent
 }
 
+without_cri_nri_gives_the_pids() {
+    install_second --set runtime.criSocketPath=/run/none.sock,runtime.pidFrom=proc
+    rolled_out agent
+    deployment no-cri 2 "$opt_in"
+    eventually 10 "2 pods see their limit" all_pods sees_limit no-cri
+    all_pods first_read_saw_limit no-cri || fail "the first read saw the node, despite NRI"
+    eventually 10 "each pod has an Event" all_pods has_injected_event no-cri
+    kubectl delete deployment no-cri --wait >/dev/null
+    install_second
+    rolled_out agent
+}
+
+# api_objects: the objects of the release by which the agent has access to the API server.
+api_objects() {
+    kubectl -n "$namespace" get clusterroles,clusterrolebindings,serviceaccounts -o name \
+        -l app.kubernetes.io/name=kube-lxcfs
+}
+# mounts_of COMPONENT: the mount points in its pods.
+mounts_of() {
+    kubectl -n "$namespace" get pods -l "app.kubernetes.io/component=$1" \
+        -o 'jsonpath={.items[*].spec.containers[*].volumeMounts[*].mountPath}'
+}
+an_agent_without_access_to_the_api_server_injects() {
+    install_second --set agent.podsFrom=cri
+    rolled_out agent
+    [ -z "$(api_objects)" ] || fail "left with agent.podsFrom=cri: $(api_objects)"
+    ! mounts_of agent | has secrets || fail "the agent's pods have a token: $(mounts_of agent)"
+    all_pods sees_limit in || fail "a pod lost its view"
+    deployment no-api 2 "$opt_in"
+    eventually 10 "2 pods see their limit" all_pods sees_limit no-api
+    all_pods first_read_saw_limit no-api || fail "the first read saw the node, despite NRI"
+    kubectl delete deployment no-api --wait >/dev/null
+    install_second
+    rolled_out agent
+}
+
 # agent_works: whether the agent is ready, injects a new pod's view before the first instruction,
 # publishes an Event, and can watch. Without a watch it would list again and again.
 agent_works() {
@@ -529,6 +592,14 @@ replace_in_first_rule() {
     printf '{"op":"replace","path":"/rules/0/%s","value":["%s"]}' "$1" "$2"
 }
 
+the_lxcfs_pod_does_not_write_to_cgroups() {
+    local pod
+    for pod in $(component_pods lxcfs); do
+        ! kubectl -n "$namespace" exec "$pod" -- mkdir /sys/fs/cgroup/kube-lxcfs-e2e 2>/dev/null ||
+            fail "$pod made a cgroup"
+    done
+}
+
 each_privilege_of_the_agent_is_needed() {
     local container=containers/0
     local capabilities="$container"/securityContext/capabilities/add
@@ -538,7 +609,7 @@ each_privilege_of_the_agent_is_needed() {
     needs SYS_PTRACE "$capabilities"/2
     needs hostPID hostPID
     needs "the volume of lxcfs" "$container"/volumeMounts/0
-    needs "the host's root" "$container"/env/2
+    needs "the host's root" "$container"/env/3
     needs_rule "access to pods" "$(replace_in_first_rule resources namespaces)"
     needs_rule "access to namespaces" "$(replace_in_first_rule resources pods)"
     needs_rule "the verb list" "$(replace_in_first_rule verbs watch)"
@@ -570,7 +641,8 @@ sizes_with_100_idle_pods_that_have_views() {
     before=("$(cpu_of "$agent")" "$(cpu_of "$supervisor")")
     sleep "$E2E_SIZES"
     after=("$(cpu_of "$agent")" "$(cpu_of "$supervisor")")
-    note "image: $(($(stat -c %s "$archive") >> 20)) MiB as an archive"
+    note "images: agent $(($(stat -c %s "$archives/agent.tar") >> 20)) MiB," \
+        "lxcfs $(($(stat -c %s "$archives/lxcfs.tar") >> 20)) MiB as archives"
     note "resident memory: agent $(rss_of "$agent") KiB," \
         "lxcfs and its supervisor $(rss_of "$supervisor") KiB"
     note "CPU time in $E2E_SIZES s: agent $((after[0] - before[0]))0 ms," \
@@ -618,13 +690,15 @@ uninstall_removes_every_view() {
 
 main() {
     if [ -z "$given" ]; then
-        step the_image_builds
+        step the_images_build
         step a_node_and_its_control_plane_start
     fi
     step the_namespace_of_the_pods_is_created
     step helm_installs_the_chart
     step pods_that_opt_in_see_their_limit_and_others_the_node
     step metrics_and_status_agree
+    step the_image_of_the_agent_has_no_shell
+    step the_lxcfs_pod_does_not_write_to_cgroups
     step annotations_and_labels_of_running_pods_take_effect
     step an_invalid_annotation_is_reported_on_the_pod
     step helm_test_passes
@@ -638,6 +712,8 @@ main() {
     step pods_start_without_lxcfs_and_get_views_later
     node_step views_return_after_a_reboot_of_the_node
     node_step without_nri_and_runtime_events_the_watch_suffices
+    node_step without_cri_nri_gives_the_pids
+    step an_agent_without_access_to_the_api_server_injects
     node_step each_privilege_of_the_agent_is_needed
     if [ -n "${E2E_SIZES-}" ]; then node_step sizes_with_100_idle_pods_that_have_views; fi
     if [ -n "$given" ]; then

@@ -1,20 +1,27 @@
 #!/usr/bin/env bash
-# Builds the image from the Dockerfile, on base images made on this machine.
-#   hack/offline/build-image.sh NAME:TAG ARCHIVE      writes a docker-archive
+# Builds both images from the Dockerfile, on base images made on this machine.
+#   hack/offline/build-image.sh NAME:TAG DIR      writes the docker-archives DIR/agent.tar, of
+#                                                 NAME:TAG, and DIR/lxcfs.tar, of NAME-lxcfs:TAG
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . hack/offline/lib.sh
 
-[ $# = 2 ] || fail "usage: hack/offline/build-image.sh NAME:TAG ARCHIVE"
-name=$1 archive=$2
+[ $# = 2 ] || fail "usage: hack/offline/build-image.sh NAME:TAG DIR"
 
+# build TARGET NAME:TAG
+build() {
+    say "building $2"
+    # The target directory is kept: only the first build compiles all dependencies.
+    buildah_ bud --quiet --isolation chroot --pull=never --layers=false --format docker \
+        --volume "$CACHE/image-target:/src/target" "${args[@]}" --target "$1" -t "$2" . >&2
+    rm -f "$dir/$1.tar"
+    buildah_ push --quiet "$2" "docker-archive:$dir/$1.tar:$2" >&2
+    buildah_ rmi "$2" >/dev/null
+}
+
+dir=$2
 hack/offline/bases.sh
-say "building $name"
 mapfile -t args < <(hack/build-image.sh --print-args)
-# The target directory is kept: only the first build compiles all dependencies.
-mkdir -p "$CACHE/image-target"
-buildah_ bud --quiet --isolation chroot --pull=never --layers=false --format docker \
-    --volume "$CACHE/image-target:/src/target" "${args[@]}" -t "$name" . >&2
-rm -f "$archive"
-buildah_ push --quiet "$name" "docker-archive:$archive:$name" >&2
-buildah_ rmi "$name" >/dev/null
+mkdir -p "$CACHE/image-target" "$dir"
+build agent "$1"
+build lxcfs "${1%:*}-lxcfs:${1##*:}"

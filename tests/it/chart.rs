@@ -3,6 +3,12 @@
 
 use std::{fs, path::PathBuf, process::Output};
 
+use k8s_openapi::api::admissionregistration::v1::{
+    ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding,
+};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
 use crate::harness::*;
 
 fn repository(path: &str) -> PathBuf {
@@ -35,7 +41,7 @@ fn template(more: &[&str]) -> Output {
 }
 
 /// Every value, changed from its default.
-const CHANGED: [&str; 29] = [
+const CHANGED: [&str; 33] = [
     "image.repository=r.example/k,image.tag=v9,image.pullPolicy=Always,\
      imagePullSecrets[0].name=regcred",
     "nameOverride=other",
@@ -57,8 +63,12 @@ const CHANGED: [&str; 29] = [
     "agent.extraVolumes[0].name=v,agent.extraVolumes[0].emptyDir.medium=Memory,\
      agent.extraVolumeMounts[0].name=v,agent.extraVolumeMounts[0].mountPath=/v",
     "agent.seccompProfile.type=Unconfined,agent.seLinuxOptions.type=spc_t",
+    "agent.appArmorProfile.type=RuntimeDefault",
+    "agent.appArmorProfile.type=Localhost,agent.appArmorProfile.localhostProfile=k",
+    "agent.podsFrom=cri",
     "lxcfs.enabled=false,lxcfs.hostManagedPath=/srv/lxcfs",
-    "lxcfs.image.tag=v1,lxcfs.watchdog=800ms,lxcfs.args[0]=-o,lxcfs.updateStrategy.type=OnDelete,\
+    "lxcfs.image.repository=r.example/l,lxcfs.image.tag=v1,lxcfs.watchdog=800ms,\
+     lxcfs.args[0]=-o,lxcfs.updateStrategy.type=OnDelete,\
      lxcfs.updateStrategy.rollingUpdate=null",
     "lxcfs.resources.requests.cpu=5m,lxcfs.resources.limits.cpu=1,lxcfs.nodeSelector.a=b,\
      lxcfs.tolerations=null,lxcfs.priorityClassName=",
@@ -84,7 +94,11 @@ const CHANGED: [&str; 29] = [
      networkPolicy.from[0].podSelector.matchLabels.a=b",
     "podMonitor.enabled=true,serviceMonitor.enabled=true,prometheusRule.enabled=true,\
      dashboard.enabled=true,networkPolicy.enabled=true",
+    EVENT_POLICY,
 ];
+
+/// Needs a newer API server than that of these tests.
+const EVENT_POLICY: &str = "eventPolicy.enabled=true";
 
 #[test]
 fn every_value_renders_valid_objects() {
@@ -94,10 +108,15 @@ fn every_value_renders_valid_objects() {
         let (cluster, dir) = (Cluster::start(), tempfile::tempdir().unwrap());
         let plain = stdout(&template(&[]));
         for changed in CHANGED {
-            let rendered = template(&["--set", changed]);
+            let version: &[&str] =
+                if changed == EVENT_POLICY { &["--kube-version", "1.30.0"] } else { &[] };
+            let rendered = template(&[version, &["--set", changed]].concat());
             assert!(rendered.status.success(), "{changed}: {}", stderr(&rendered));
             let rendered = stdout(&rendered);
             assert_ne!(rendered, plain, "{changed} has no effect");
+            if changed == EVENT_POLICY {
+                continue;
+            }
             // This API server does not know the kinds of the Prometheus operator.
             let known: Vec<&str> = rendered
                 .split("\n---\n")
@@ -126,6 +145,77 @@ fn every_value_renders_valid_objects() {
 }
 
 #[test]
+fn event_policy_has_known_fields_only() {
+    fn has_known_fields_only<T: Serialize + DeserializeOwned>(object: &Value) {
+        let known: T = serde_json::from_value(object.clone()).unwrap();
+        assert_eq!(serde_json::to_value(known).unwrap(), *object);
+    }
+    let rendered = template(&["--kube-version", "1.30.0", "--set", EVENT_POLICY]);
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("object.yaml");
+    let mut kinds = Vec::new();
+    for object in stdout(&rendered).split("\n---\n") {
+        if !object.contains("apiVersion: admissionregistration.k8s.io/v1") {
+            continue;
+        }
+        fs::write(&file, object).unwrap();
+        let file = file.to_str().unwrap();
+        let args = ["label", "--local", "-o", "json", "a=b", "-f", file];
+        let json = program("kubectl").args(args).output().unwrap();
+        assert!(json.status.success(), "{}", stderr(&json));
+        let object: Value = serde_json::from_slice(&json.stdout).unwrap();
+        let kind = object["kind"].as_str().unwrap().to_owned();
+        match &*kind {
+            "ValidatingAdmissionPolicy" => {
+                has_known_fields_only::<ValidatingAdmissionPolicy>(&object);
+            }
+            _ => has_known_fields_only::<ValidatingAdmissionPolicyBinding>(&object),
+        }
+        kinds.push(kind);
+    }
+    assert_eq!(kinds, ["ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding"]);
+    for (values, message) in [
+        ("eventPolicy.enabled=true", "needs Kubernetes 1.30"),
+        ("eventPolicy.enabled=true,agent.podsFrom=cri", "needs agent.podsFrom=kubernetes"),
+    ] {
+        let rejected = template(&["--set", values]);
+        assert!(stderr(&rejected).contains(message), "{values}: {}", stderr(&rejected));
+    }
+}
+
+#[test]
+fn agent_without_api_server_has_no_token() {
+    let rendered = stdout(&template(&["--set", "agent.podsFrom=cri"]));
+    for absent in ["kind: ServiceAccount", "kind: ClusterRole", "serviceAccountName: x-kube-lxcfs"]
+    {
+        assert!(!rendered.contains(absent), "{absent}");
+        assert!(stdout(&template(&[])).contains(absent), "{absent}");
+    }
+    // The agent's and lxcfs's.
+    assert_eq!(rendered.matches("automountServiceAccountToken: false").count(), 2);
+    assert_eq!(
+        rendered.matches("name: KUBE_LXCFS_PODS_FROM\n              value: \"cri\"").count(),
+        1
+    );
+}
+
+#[test]
+fn apparmor_profile_is_an_annotation_before_1_30() {
+    let localhost = "agent.appArmorProfile.type=Localhost,agent.appArmorProfile.localhostProfile=k";
+    for (values, profile) in [
+        ("adopt=false", "unconfined"),
+        ("agent.appArmorProfile.type=RuntimeDefault", "runtime/default"),
+        (localhost, "localhost/k"),
+    ] {
+        let line = format!("container.apparmor.security.beta.kubernetes.io/agent: {profile}\n");
+        let rendered = stdout(&template(&["--set", values]));
+        assert!(rendered.contains(&line) && !rendered.contains("appArmorProfile:"), "{values}");
+        let newer = stdout(&template(&["--kube-version", "1.30.0", "--set", values]));
+        assert!(newer.contains("appArmorProfile:") && !newer.contains(&line), "{values}");
+    }
+}
+
+#[test]
 fn schema_rejects_unknown_and_malformed_values() {
     for (invalid, message) in [
         ("image.pulPolicy=x", "'pulPolicy' not allowed"),
@@ -141,6 +231,9 @@ fn schema_rejects_unknown_and_malformed_values() {
         ("nri.socketPath=/run/nri/", "'/nri/socketPath'"),
         ("nri.socketPath=", "'/nri/socketPath'"),
         ("agent.tolerations[0].operator=Some", "operator"),
+        ("agent.podsFrom=nri", "'/agent/podsFrom'"),
+        ("agent.appArmorProfile.type=Localhost", "localhostProfile"),
+        ("agent.appArmorProfile.localhostProfile=k", "'/agent/appArmorProfile'"),
     ] {
         let rejected = template(&["--set", invalid]);
         assert!(

@@ -1,6 +1,6 @@
 //! Views in containers of a real containerd, requested by the annotations of pod sandboxes.
 
-use std::{fs, time::Instant};
+use std::{fs, path::Path, time::Instant};
 
 use crate::harness::*;
 
@@ -148,5 +148,38 @@ fn runtime_outage_is_logged_once_and_recovers() {
         has_views("the container", containerd.pid(&pod.containers["a"]), ALWAYS.len());
         assert!(containerd.sees_its_own_memory(&pod.containers["a"]));
         assert_eq!((outage("started"), outage("recovered")), (1, 1), "{}", agent.log());
+    });
+}
+
+/// The chart gives lxcfs the node's cgroups read-only.
+#[test]
+fn lxcfs_serves_own_values_from_read_only_cgroups() {
+    isolated(|| {
+        let reader = Reader::start(std::time::Duration::from_millis(50));
+        let table = own_mountinfo();
+        let cgroups: Vec<&str> = table
+            .lines()
+            .filter_map(|line| line.split(' ').nth(4))
+            .filter(|point| Path::new(point).starts_with("/sys/fs/cgroup"))
+            .collect();
+        // The mounts of this test only, not the file systems.
+        let remount = |access: &str| {
+            for point in &cgroups {
+                let options = format!("remount,bind,{access}");
+                let output = program("mount").args(["-o", &options, point]).output().unwrap();
+                assert!(output.status.success(), "{point}: {}", stderr(&output));
+            }
+        };
+        assert!(!cgroups.is_empty(), "{table}");
+        remount("ro");
+        let lxcfs = Supervised::start(&[]);
+        let pid = reader.pid().to_string();
+        succeeds(&["mount", "--pid", &pid, "--lxcfs-path", lxcfs.path()]);
+        reader.go();
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        let seen = reader.stop();
+        remount("rw");
+        assert_eq!((seen.host, seen.errors), (0, 0), "{seen:?}");
+        assert!(seen.own > 0, "{seen:?}");
     });
 }

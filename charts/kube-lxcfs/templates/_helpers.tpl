@@ -20,11 +20,29 @@
 {{- end -}}
 {{- end }}
 
-{{- /* Image of a DaemonSet: (list . TAG). Default of the tag: image.tag, then appVersion. */ -}}
-{{- define "kube-lxcfs.image" -}}
-{{- $ := first . -}}
-{{- $tag := last . | default $.Values.image.tag | default $.Chart.AppVersion -}}
-{{- $.Values.image.repository }}:{{ $tag -}}
+{{- define "kube-lxcfs.agentImage" -}}
+{{- .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion -}}
+{{- end }}
+
+{{- define "kube-lxcfs.lxcfsImage" -}}
+{{- .Values.lxcfs.image.repository | default (printf "%s-lxcfs" .Values.image.repository) -}}
+:{{ .Values.lxcfs.image.tag | default .Values.image.tag | default .Chart.AppVersion -}}
+{{- end }}
+
+{{- /* Whether the agent has access to the API server: "true" or nothing */ -}}
+{{- define "kube-lxcfs.usesApiServer" -}}
+{{- if eq .Values.agent.podsFrom "kubernetes" }}true{{ end -}}
+{{- end }}
+
+{{- /* The agent's AppArmor profile as the value of an annotation, for Kubernetes before 1.30 */ -}}
+{{- define "kube-lxcfs.appArmorAnnotation" -}}
+{{- with .Values.agent.appArmorProfile -}}
+{{- if eq .type "Localhost" -}}
+localhost/{{ .localhostProfile }}
+{{- else -}}
+{{- ternary "unconfined" "runtime/default" (eq .type "Unconfined") -}}
+{{- end -}}
+{{- end -}}
 {{- end }}
 
 {{- /* Selector labels of a component: (list . "agent") */ -}}
@@ -122,7 +140,7 @@ labels:
 annotations:
   kubectl.kubernetes.io/default-container: {{ last . }}
   {{- if and (eq (last .) "agent") (semverCompare "<1.30-0" $.Capabilities.KubeVersion.Version) }}
-  container.apparmor.security.beta.kubernetes.io/agent: unconfined
+  container.apparmor.security.beta.kubernetes.io/agent: {{ include "kube-lxcfs.appArmorAnnotation" $ }}
   {{- end }}
   {{- with merge (dict) $values.podAnnotations $.Values.commonAnnotations }}
   {{- toYaml . | nindent 2 }}
