@@ -140,7 +140,7 @@ impl Default for Metrics {
         );
         registry.register(
             "sweep_failures",
-            "Mount namespaces that a sweep skipped, or in which it failed to remove dead view files",
+            "Mount namespaces that a sweep skipped, or in which it failed to remove dead views",
             metrics.sweep_failures.clone(),
         );
         registry.register("lxcfs_up", "1 while lxcfs serves, else 0", metrics.lxcfs_up.clone());
