@@ -33,7 +33,8 @@ packages_of() {
         echo buildah buildah mmdebstrap mmdebstrap update-ca-certificates ca-certificates
         ;;
     lint)
-        echo shellcheck shellcheck c++ build-essential
+        echo shellcheck shellcheck c++ build-essential python3 python3 \
+            apparmor_parser apparmor scmp_sys_resolver seccomp
         ;;
     *)
         fail "unknown set '$1'; valid: build demo test helm kubernetes cluster image lint"

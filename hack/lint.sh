@@ -31,9 +31,20 @@ check_advisories() {
     fi
 }
 
+# Container runtimes ignore names that they do not know.
+check_profiles() {
+    local profiles=charts/kube-lxcfs/profiles names name
+    names=$(python3 -c 'import json, sys
+for rule in json.load(sys.stdin)["syscalls"]: print(*rule["names"])' <$profiles/seccomp-agent.json)
+    for name in $names; do
+        [ "$(scmp_sys_resolver "$name")" != -1 ] || fail "seccomp-agent.json: unknown call $name"
+    done
+    apparmor_parser --skip-kernel-load --skip-cache $profiles/apparmor-agent
+}
+
 hack/deps.sh build lint
 locked tools cargo_tool deny
-PATH="$(hack/offline/helm.sh):$PATH:$CACHE/tools/bin"
+PATH="$(hack/offline/helm.sh):$PATH:$CACHE/tools/bin:/usr/sbin:/sbin"
 say "scripts"
 shellcheck -x hack/*.sh hack/offline/*.sh .ci/run
 check_line_width
@@ -48,5 +59,6 @@ say "dependencies"
 cargo deny --log-level error check bans licenses sources
 check_advisories
 say "chart and manifests"
+check_profiles
 helm lint --strict --quiet charts/kube-lxcfs
 hack/manifests.sh --check

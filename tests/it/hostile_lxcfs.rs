@@ -35,6 +35,17 @@ impl Fake {
         Fake { container, _dir: dir }
     }
 
+    /// Of a device that is not found, and stopped: an open of its file waits, and can be killed.
+    pub(crate) fn stopped() -> Fake {
+        let dir = tempfile::tempdir().unwrap();
+        let device = dir.path().join("hidden");
+        let copied = program("cp").args(["-a", "/dev/fuse"]).arg(&device).status().unwrap();
+        assert!(copied.success());
+        let fake = Fake::by(&device, "hang");
+        send(fake.container.pid, Signal::SIGSTOP);
+        fake
+    }
+
     fn dev(&self) -> (String, String) {
         let table = self.container.mountinfo();
         let line = table.lines().find(|l| l.contains(" /proc/meminfo ")).unwrap();

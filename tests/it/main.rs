@@ -21,5 +21,6 @@ mod hostile_tables;
 mod http;
 mod isolation;
 mod kubernetes;
+mod profiles;
 mod restart;
 mod starts;

@@ -266,6 +266,11 @@ impl Pods {
     /// A pod with one container, which runs.
     pub(crate) fn run(&self, name: &str, id: &str, annotations: Value) {
         self.create(name, annotations);
+        self.set_running(name, id);
+    }
+
+    /// Its container runs, with this id.
+    pub(crate) fn set_running(&self, name: &str, id: &str) {
         let id = format!("containerd://{id}");
         let status = json!({"status": {"phase": "Running", "containerStatuses": [
             {"name": "app", "image": "x", "imageID": "", "containerID": id, "ready": true,
