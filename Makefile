@@ -23,7 +23,7 @@ chaos: ## CHAOS_ROUNDS (200) of random failures; KUBE_LXCFS_SEED repeats a run (
 fuzz: ## each fuzz target for FUZZ_SECONDS (default 30; needs a nightly toolchain)
 	hack/fuzz.sh
 
-bench: ## all benchmarks, or only BENCH: mount, agent, restart or start (root)
+bench: ## all benchmarks, or only BENCH: mount, table, agent, restart or start (root)
 	hack/test.sh --bench $(BENCH)
 
 lint: ## rustfmt, clippy, fuzz crate, layers, dependencies, scripts, chart and manifests

@@ -6,7 +6,8 @@ cd "$(dirname "$0")/.."
 
 PATH="$(hack/offline/helm.sh):$PATH"
 render() {
-    echo "# Rendered from charts/kube-lxcfs by make manifests. Needs the namespace kube-lxcfs."
+    echo "# Rendered from charts/kube-lxcfs by make manifests, for Kubernetes 1.30 and later."
+    echo "# Needs the namespace kube-lxcfs."
     helm template kube-lxcfs charts/kube-lxcfs --namespace kube-lxcfs --kube-version 1.30.0 \
         --skip-tests
 }

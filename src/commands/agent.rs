@@ -110,7 +110,7 @@ async fn watch_api_server(
     updates: &mpsc::Sender<Update>,
     watchers: &mut Watchers,
 ) -> Result<Events> {
-    let node = node_name.context("unknown node name; set --node-name or NODE_NAME")?;
+    let node = node_name.filter(|name| !name.is_empty()).context("unknown node name; set --node-name or NODE_NAME")?;
     let client = kube::Client::try_default().await.context(
         "failed to configure the API server's client; \
          run in a pod with a service account, set KUBECONFIG, or use --pods-from cri",

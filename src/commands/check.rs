@@ -62,7 +62,7 @@ fn fail(name: &'static str, detail: impl fmt::Display) -> Check {
 const CAPABILITIES: [(u32, &str, &str); 3] = [
     (18, "CAP_SYS_CHROOT", "entering a container's mount namespace"),
     (19, "CAP_SYS_PTRACE", "reading other processes' namespaces"),
-    (21, "CAP_SYS_ADMIN", "mounting"),
+    (21, "CAP_SYS_ADMIN", "entering mount namespaces and mounting"),
 ];
 
 /// A capability that this process does not have.

@@ -31,7 +31,9 @@ const DEFAULT_LOG_FILTER: &str = "info,kube_runtime=error,kube_client=error";
 /// Panics if called twice.
 pub fn init(format: LogFormat) {
     let (filter, invalid) = log_filter(std::env::var_os("RUST_LOG"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    // A log that cannot be written is no reason to end: without this, the subscriber prints to the
+    // same stderr, which panics.
+    let log = tracing_subscriber::fmt().with_env_filter(filter).log_internal_errors(false);
     match format {
         LogFormat::Text => log.with_ansi(false).with_writer(|| OneLine(io::stderr())).init(),
         LogFormat::Json => log.with_writer(io::stderr).json().flatten_event(true).init(),

@@ -207,10 +207,25 @@ fn missing_mount_calls_refuse_only_mounts() {
 }
 
 #[test]
+fn log_that_cannot_be_written_is_no_error() {
+    isolated(|| {
+        for format in ["text", "json"] {
+            let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+            let mut status = kube_lxcfs();
+            status.args(["status", "--pid-from", "proc", "--lxcfs-path", "/nonexistent"]);
+            let output = status.args(["--log-format", format]).stderr(full).output().unwrap();
+            assert!(output.status.success(), "{format}: {}", output.status);
+        }
+    });
+}
+
+#[test]
 fn agent_without_node_or_api_server_is_an_error() {
     isolated(|| {
-        let error = fails(&["agent"]);
-        assert!(error.contains("--node-name"), "{error}");
+        for args in [&["agent"][..], &["agent", "--node-name", ""]] {
+            let error = fails(args);
+            assert!(error.contains("--node-name"), "{error}");
+        }
         let output = kube_lxcfs()
             .args(["agent", "--node-name", "n"])
             .env("HOME", "/nonexistent")
