@@ -8,6 +8,7 @@ pub mod state;
 
 use std::{
     collections::BTreeSet,
+    path::{Path, PathBuf},
     sync::{Arc, Weak},
     time::{Duration, Instant},
 };
@@ -159,6 +160,7 @@ struct Agent {
     /// Earlier lxcfs that operations in flight may still mount from.
     previous: Vec<PreviousLxcfs>,
     blocked_starts: Vec<(ContainerId, oneshot::Sender<()>)>,
+    lxcfs_path: PathBuf,
     /// Whether lxcfs serves, as far as is known.
     lxcfs_up: bool,
     /// The time at which another lxcfs started to serve; `None` once every view is current.
@@ -176,7 +178,8 @@ struct PreviousLxcfs {
 impl Agent {
     fn new(dependencies: Dependencies, tx: mpsc::Sender<Message>) -> Agent {
         let Dependencies { workers, runtime, lxcfs, events, state, adopt, metrics } = dependencies;
-        let up = lxcfs::identify(lxcfs.path()).is_some();
+        let lxcfs_path = lxcfs.path().to_owned();
+        let up = lxcfs::identify(&lxcfs_path).is_some();
         let mut agent = Agent {
             reconciler: Reconciler::new(workers, runtime, lxcfs, adopt, tx),
             events,
@@ -185,6 +188,7 @@ impl Agent {
             generation: 0,
             previous: Vec::new(),
             blocked_starts: Vec::new(),
+            lxcfs_path,
             lxcfs_up: false,
             remount_started: None,
             metrics,
@@ -281,7 +285,7 @@ impl Agent {
     }
 
     fn lxcfs_changed(&mut self, change: Change) {
-        log_lxcfs_change(change);
+        log_lxcfs_change(change, &self.lxcfs_path);
         if let Change::ReadOnly(_) = change {
             self.forget_open_files();
             return self.state.lxcfs_read_only();
@@ -330,6 +334,8 @@ impl Agent {
     fn set_lxcfs_up(&mut self, up: bool) {
         self.lxcfs_up = up;
         self.metrics.set_lxcfs_up(up);
+        let version = lxcfs::version_at(&self.lxcfs_path);
+        self.metrics.set_lxcfs_version(version.filter(|_| up));
     }
 
     fn snapshot(&self) -> Snapshot {
@@ -356,10 +362,11 @@ impl Agent {
     }
 }
 
-fn log_lxcfs_change(change: Change) {
+fn log_lxcfs_change(change: Change, path: &Path) {
     match change {
         Change::Mounted(Some(identity)) => {
-            tracing::info!(lxcfs = "mounted", dev = %identity.dev, "lxcfs changed");
+            let version = lxcfs::version_at(path);
+            tracing::info!(lxcfs = "mounted", dev = %identity.dev, version, "lxcfs changed");
         }
         Change::ReadOnly(identity) => {
             tracing::info!(lxcfs = "read-only", dev = %identity.dev, "lxcfs changed");

@@ -10,7 +10,10 @@ use crate::{
     args::{Common, Output},
     lxcfs,
     mount::Workers,
-    runtime::cri::{CriClient, Version},
+    runtime::{
+        cgroup::CgroupVersion,
+        cri::{CriClient, Version},
+    },
     sys::{
         host_root::HostRoot,
         syscalls::{self, Purpose},
@@ -155,9 +158,14 @@ async fn serving(path: &Path) -> Check {
     };
     match lxcfs::find(&workers, path).await {
         Ok(lxcfs) => {
+            let version = lxcfs::version_at(path);
             let path = path.display();
-            let detail = format!("serves {} at {path}", lxcfs.serving().files);
-            if lxcfs.writable {
+            let named = version.as_ref().map(|version| format!("version {version} "));
+            let named = named.unwrap_or_default();
+            let detail = format!("{named}serves {} at {path}", lxcfs.serving().files);
+            if let Some(why) = version.and_then(|v| wrong_values(&v, CgroupVersion::of_node())) {
+                warn("lxcfs", format!("{detail}; {why}"))
+            } else if lxcfs.writable {
                 let why = "without cpu, because lxcfs is writable; make it read-only:";
                 warn("lxcfs", format!("{detail}, {why} mount -o remount,ro {path}"))
             } else {
@@ -165,6 +173,21 @@ async fn serving(path: &Path) -> Check {
             }
         }
         Err(e) => fail("lxcfs", e),
+    }
+}
+
+/// What a version of lxcfs shows wrongly on the node's cgroup version, by lxcfs's release notes.
+fn wrong_values(version: &str, cgroups: CgroupVersion) -> Option<&'static str> {
+    let number = |n: usize| version.split('.').nth(n)?.parse::<u32>().ok();
+    let version = (number(0)?, number(1)?, number(2)?);
+    match cgroups {
+        CgroupVersion::V2 if version < (6, 0, 6) => Some(
+            "on cgroup v2 it shows the node's CPUs in stat and the node's pressure; use lxcfs 7",
+        ),
+        CgroupVersion::V2 if version < (7, 0, 0) => {
+            Some("on cgroup v2 it shows the node's pressure; use lxcfs 7")
+        }
+        _ => None,
     }
 }
 
@@ -218,5 +241,24 @@ async fn api_server() -> Check {
         Ok(Ok(version)) => ok(NAME, version.git_version),
         Ok(Err(e)) => warn(NAME, format!("request failed: {e}; check its address in KUBECONFIG")),
         Err(_) => warn(NAME, "timed out after 5 s; check its address in KUBECONFIG"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_values_depend_on_version_and_cgroups() {
+        use CgroupVersion::{V1, V2};
+        for (version, cgroups, wrong) in [
+            ("6.0.4", V2, true),
+            ("6.0.6", V2, true),
+            ("7.0.0", V2, false),
+            ("5.0.3", V1, false),
+            ("unknown", V2, false),
+        ] {
+            assert_eq!(wrong_values(version, cgroups).is_some(), wrong, "{version} {cgroups}");
+        }
     }
 }

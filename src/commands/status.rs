@@ -20,8 +20,12 @@ use crate::{
 pub(super) async fn run(common: Common, output: Output) -> Result<ExitCode> {
     let workers = workers(None, Purpose::Remove)?;
     let found = lxcfs::find(&workers, &common.lxcfs_path).await;
-    if let Err(e) = &found {
-        tracing::warn!(cause = %e, "no lxcfs serves");
+    match &found {
+        Ok(_) => {
+            let lxcfs_version = lxcfs::version_at(&common.lxcfs_path);
+            tracing::info!(lxcfs_version, "lxcfs serves");
+        }
+        Err(e) => tracing::warn!(cause = %e, "no lxcfs serves"),
     }
     let at_path = node::state_at_path(&common.lxcfs_path, found.as_deref());
     drop(found);

@@ -14,7 +14,7 @@ use rustix::{
 };
 use tokio::sync::oneshot;
 
-use super::{Error, Identity, identify};
+use super::{Error, Identity, identify, line_of};
 use crate::{
     model::view::ViewFile,
     mount::{LxcfsFiles, WorkError, Workers, observe::LXCFS_FSTYPE},
@@ -179,9 +179,7 @@ fn open(path: &Path) -> Result<LxcfsFiles, Error> {
 /// mount itself can be changed in a container's user namespace. A line that is not understood
 /// counts as writable.
 fn is_writable(table: &[u8], mount: MountId) -> bool {
-    let id = format!("{mount} ");
-    let line = table.split(|b| *b == b'\n').find(|line| line.starts_with(id.as_bytes()));
-    let options = line.and_then(|line| line.rsplit(|b| *b == b' ').next());
+    let options = line_of(table, mount).and_then(|line| line.rsplit(|b| *b == b' ').next());
     options.is_none_or(|options| !options.split(|b| *b == b',').any(|option| option == b"ro"))
 }
 

@@ -18,8 +18,11 @@ pub use self::{
 };
 use crate::{
     mount::{WorkError, observe::LXCFS_FSTYPE},
-    sys::mountinfo::{Dev, MountTable},
+    sys::mountinfo::{Dev, MountId, MountTable},
 };
+
+/// The beginning of the source of a supervised lxcfs's mount, before its version.
+pub const SOURCE_PREFIX: &str = "lxcfs-";
 
 /// The reason why no lxcfs serves at a path.
 #[derive(Debug, thiserror::Error)]
@@ -70,4 +73,38 @@ pub fn identify(path: &Path) -> Option<Identity> {
     let unique = rustix::fs::statx(rustix::fs::CWD, &real, flags, STATX_MNT_ID_UNIQUE).ok();
     let unique = unique.filter(|stat| stat.stx_mask & STATX_MNT_ID_UNIQUE.bits() != 0);
     Some(Identity { dev: mount.dev, mount: unique.map_or(mount.id.0, |stat| stat.stx_mnt_id) })
+}
+
+/// The version of the lxcfs that is mounted at `path`, by the source of its mount: it is sent no
+/// request. `None` if it has no supervisor.
+pub fn version_at(path: &Path) -> Option<String> {
+    let real = path.canonicalize().ok()?;
+    let text = std::fs::read("/proc/thread-self/mountinfo").ok()?;
+    let mount = MountTable::parse(&text).ok()?.top(real.as_os_str().as_encoded_bytes())?.id;
+    version(&text, mount)
+}
+
+fn version(table: &[u8], mount: MountId) -> Option<String> {
+    let source = line_of(table, mount)?.rsplit(|b| *b == b' ').nth(1)?;
+    let version = source.strip_prefix(SOURCE_PREFIX.as_bytes())?;
+    Some(String::from_utf8_lossy(version).into_owned())
+}
+
+/// The line of a mount in a mount table (proc_pid_mountinfo(5)).
+fn line_of(table: &[u8], mount: MountId) -> Option<&[u8]> {
+    let id = format!("{mount} ");
+    table.split(|b| *b == b'\n').find(|line| line.starts_with(id.as_bytes()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn source_of_a_supervised_mount_names_the_version() {
+        let table = b"7 1 0:40 / /a ro - fuse.lxcfs lxcfs ro,user_id=0\n\
+                      8 1 0:41 / /b ro shared:3 - fuse.lxcfs lxcfs-7.0.0 ro,user_id=0\n";
+        assert_eq!(version(table, MountId(7)), None);
+        assert_eq!(version(table, MountId(8)).as_deref(), Some("7.0.0"));
+    }
 }

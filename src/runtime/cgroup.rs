@@ -3,10 +3,12 @@
 
 use std::{
     collections::HashMap,
-    io,
+    fmt, io,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
+
+use rustix::fs::StatFs;
 
 use super::{Error, guest_kernel};
 use crate::{
@@ -16,6 +18,35 @@ use crate::{
 
 /// The time for which a scan is reused. A pid from it is verified again before its use.
 const CACHE_TTL: Duration = Duration::from_millis(200);
+
+/// The version of the node's cgroups. The hybrid of both counts as version 1, because its
+/// controllers are in hierarchies of version 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CgroupVersion {
+    V1,
+    V2,
+}
+
+impl CgroupVersion {
+    /// The node's, by the file system at `/sys/fs/cgroup` (cgroups(7)).
+    pub fn of_node() -> CgroupVersion {
+        let is_v2 = |fs: StatFs| fs.f_type == libc::CGROUP2_SUPER_MAGIC;
+        if rustix::fs::statfs("/sys/fs/cgroup").is_ok_and(is_v2) {
+            CgroupVersion::V2
+        } else {
+            CgroupVersion::V1
+        }
+    }
+}
+
+impl fmt::Display for CgroupVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            CgroupVersion::V1 => "cgroup v1",
+            CgroupVersion::V2 => "cgroup v2",
+        })
+    }
+}
 
 /// Finds the first processes of containers by a scan of `/proc`. Concurrent callers share one scan.
 #[derive(Clone, Debug, Default)]

@@ -2,7 +2,6 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    io,
     os::unix::{ffi::OsStrExt, process::ExitStatusExt},
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
@@ -12,66 +11,28 @@ use std::{
 use rustix::process::{Pid, Signal};
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, BufReader},
-    process::{Child, Command},
+    process::Child,
 };
 
-use super::Error;
+use super::{Error, program::Program};
+use crate::lxcfs;
 
-/// Options that are used if this lxcfs has them: load average, CPU limits as CPU counts, and
-/// pidfds.
-const OPTIONS: [&str; 3] = ["--enable-loadavg", "--enable-cfs", "--enable-pidfd"];
-/// The limit for `lxcfs --help`.
-const HELP_TIMEOUT: Duration = Duration::from_secs(10);
-/// The attempts of `lxcfs --help` if it is killed by a signal.
-const HELP_ATTEMPTS: u32 = 3;
 /// The time for lxcfs to exit after SIGTERM.
 const TERM_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// The options of [`OPTIONS`] that this lxcfs has, by its own help text: versions differ.
-pub(super) async fn supported_options(bin: &Path) -> Result<Vec<&'static str>, Error> {
-    let failed = |cause| Error::Bin { bin: bin.to_owned(), cause };
-    let mut attempts = 0;
-    let output = loop {
-        let mut help = Command::new(bin);
-        help.arg("--help").stdin(Stdio::null()).kill_on_drop(true);
-        let output = match tokio::time::timeout(HELP_TIMEOUT, help.output()).await {
-            Ok(output) => output.map_err(failed)?,
-            Err(_) => return Err(failed(io::ErrorKind::TimedOut.into())),
-        };
-        attempts += 1;
-        // Its exit status differs from version to version, but if it was killed its output is
-        // incomplete.
-        match output.status.code() {
-            Some(_) => break output,
-            None if attempts < HELP_ATTEMPTS => {}
-            None => {
-                return Err(failed(io::Error::other(format!(
-                    "--help exited by {}",
-                    describe(output.status)
-                ))));
-            }
-        }
-    };
-    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    Ok(OPTIONS.into_iter().filter(|option| text.contains(option)).collect())
-}
-
 /// Starts lxcfs at `path`.
-pub(super) fn start(
-    bin: &Path,
-    path: &Path,
-    options: &[&str],
-    args: &[OsString],
-) -> Result<Child, Error> {
+pub(super) fn start(program: &Program, path: &Path, args: &[OsString]) -> Result<Child, Error> {
     // At each start, because the directory may have been removed since the last one.
     std::fs::create_dir_all(path).map_err(|cause| Error::Path { path: path.to_owned(), cause })?;
     let pid_file = pid_file(path);
     let _ = std::fs::remove_file(&pid_file);
-    let mut command = Command::new(bin);
-    command.arg("-f").args(options).arg("-p").arg(pid_file).args(with_fuse_options(args)).arg(path);
+    let mut command = program.command();
+    command.arg("-f").args(&program.options).arg("-p").arg(pid_file);
+    command.args(with_fuse_options(&program.version, args)).arg(path);
     // In its own process group: on Ctrl-C at a terminal the supervisor sweeps the containers first.
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
-    let mut child = command.spawn().map_err(|cause| Error::Bin { bin: bin.to_owned(), cause })?;
+    let mut child =
+        command.spawn().map_err(|cause| Error::Bin { bin: program.bin.clone(), cause })?;
     forward(child.stdout.take());
     forward(child.stderr.take());
     Ok(child)
@@ -79,9 +40,11 @@ pub(super) fn start(
 
 /// Adds our mount options to the arguments for lxcfs, which accepts `-o` once only. From its first
 /// moment the file system is read-only, for all its mounts: a container with a user namespace can
-/// make its own mount writable, and lxcfs 5 passes writes on to the host.
-fn with_fuse_options(args: &[OsString]) -> Vec<OsString> {
-    let mut options = OsString::from("ro");
+/// make its own mount writable, and lxcfs 5 passes writes on to the host. The mount's source names
+/// the version.
+fn with_fuse_options(version: &str, args: &[OsString]) -> Vec<OsString> {
+    let options = format!("ro,subtype=lxcfs,fsname={}{version}", lxcfs::SOURCE_PREFIX);
+    let mut options = OsString::from(options);
     let mut others = Vec::new();
     let mut args = args.iter();
     while let Some(arg) = args.next() {
@@ -147,10 +110,12 @@ mod tests {
     fn fuse_options_are_joined() {
         let joined = |args: &[&str]| {
             let args: Vec<OsString> = args.iter().map(OsString::from).collect();
-            with_fuse_options(&args).join(OsStr::new(" ")).into_string().unwrap()
+            with_fuse_options("7.0.0", &args).join(OsStr::new(" ")).into_string().unwrap()
         };
-        assert_eq!(joined(&[]), "-o ro");
-        assert_eq!(joined(&["-u", "-o", "max_read=4096", "-l"]), "-o ro,max_read=4096 -u -l");
-        assert_eq!(joined(&["-oallow_root"]), "-o ro,allow_root");
+        let ours = "-o ro,subtype=lxcfs,fsname=lxcfs-7.0.0";
+        assert_eq!(joined(&[]), ours);
+        let args = ["-u", "-o", "max_read=4096", "-l"];
+        assert_eq!(joined(&args), format!("{ours},max_read=4096 -u -l"));
+        assert_eq!(joined(&["-oallow_root"]), format!("{ours},allow_root"));
     }
 }

@@ -9,8 +9,10 @@
 //! another file system when the last mount is gone, and the next lxcfs could get it. So the
 //! supervisor holds the exited one, by an open descriptor, until the sweep is over.
 
+mod cgroup2;
 mod child;
 mod predecessors;
+mod program;
 pub mod volume;
 
 use std::{
@@ -34,11 +36,12 @@ use tokio::{
     task::JoinSet,
 };
 
-use self::predecessors::Predecessors;
+use self::{cgroup2::Cgroup2, predecessors::Predecessors, program::Program};
 use crate::{
     lxcfs::{Error as FindError, Finder, Identity, MountTableWatch, identify},
     mount::Workers,
     node,
+    runtime::cgroup::CgroupVersion,
     sys::mountinfo::Dev,
     telemetry::Backoff,
 };
@@ -67,7 +70,8 @@ const BACKOFF_RESET: Duration = Duration::from_secs(60);
 #[derive(Clone, Debug)]
 pub struct Supervisor {
     pub path: PathBuf,
-    pub bin: PathBuf,
+    /// `None`: the one that fits the node's cgroup version.
+    pub bin: Option<PathBuf>,
     pub args: Vec<OsString>,
     /// An lxcfs that does not respond for this time is killed.
     pub watchdog: Duration,
@@ -78,6 +82,11 @@ pub struct Supervisor {
 pub enum Error {
     #[error("failed to run {bin}: {cause}; install lxcfs, or set --lxcfs-bin to its program")]
     Bin { bin: PathBuf, cause: io::Error },
+    #[error(
+        "{bin} is lxcfs {version}, which serves cgroup v2 only, and this node has cgroup v1; \
+         set --lxcfs-bin to an lxcfs 5 or 6"
+    )]
+    Cgroup2Only { bin: PathBuf, version: String },
     #[error("failed to create the lxcfs path {path}: {cause}")]
     Path { path: PathBuf, cause: io::Error },
     #[error("failed to start the threads for sweeps: {0}")]
@@ -155,14 +164,22 @@ impl Supervisor {
             probe_workers: Workers::start(1, probe_deadline).map_err(Error::Workers)?,
             probe_interval,
         };
-        let options = child::supported_options(&self.bin).await?;
+        let node = CgroupVersion::of_node();
+        let program = Program::choose(self.bin.as_deref(), node).await?;
+        let Program { bin, version, reason, .. } = &program;
+        tracing::info!(lxcfs_version = version, bin = %bin.display(), reason, "running lxcfs");
+        let cgroup2 = Cgroup2::read().unwrap_or_default();
         let mut mount_table = MountTableWatch::new().map_err(Error::Watch)?;
         let mut predecessors = Predecessors::take_over(&self.path, &pools.sweepers).await;
         let mut failures = 0;
         loop {
             let started = Instant::now();
-            let mut child = child::start(&self.bin, &self.path, &options, &self.args)?;
-            let reason = match self.wait_until_serving(&mut child, &pools, &mut signals).await {
+            let mut child = child::start(&program, &self.path, &self.args)?;
+            let serves = self.wait_until_serving(&mut child, &pools, &mut signals).await;
+            if let Some(cgroup2) = &cgroup2 {
+                cgroup2.restore();
+            }
+            let reason = match serves {
                 Err(reason) => reason,
                 Ok(identity) => {
                     let (dev, elapsed) = (identity.dev, started.elapsed());

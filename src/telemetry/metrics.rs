@@ -68,6 +68,11 @@ struct TriggerLabel {
     trigger: TriggerValue,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct VersionLabel {
+    version: String,
+}
+
 /// From 0.5 ms to 16 s.
 fn seconds() -> Histogram {
     Histogram::new(prometheus_client::metrics::histogram::exponential_buckets(0.0005, 2.0, 16))
@@ -85,6 +90,7 @@ pub struct Metrics {
     events_suppressed: Counter,
     sweep_failures: Counter,
     lxcfs_up: Gauge,
+    lxcfs_info: Family<VersionLabel, Gauge>,
     lxcfs_restarts: Counter,
     remount_pass: Gauge<f64, std::sync::atomic::AtomicU64>,
 }
@@ -101,6 +107,7 @@ impl Default for Metrics {
             events_suppressed: Counter::default(),
             sweep_failures: Counter::default(),
             lxcfs_up: Gauge::default(),
+            lxcfs_info: Family::default(),
             lxcfs_restarts: Counter::default(),
             remount_pass: Gauge::default(),
         };
@@ -144,6 +151,11 @@ impl Default for Metrics {
             metrics.sweep_failures.clone(),
         );
         registry.register("lxcfs_up", "1 while lxcfs serves, else 0", metrics.lxcfs_up.clone());
+        registry.register(
+            "lxcfs_info",
+            "Version of the serving lxcfs, always 1",
+            metrics.lxcfs_info.clone(),
+        );
         registry.register(
             "lxcfs_restarts",
             "Starts of another lxcfs since the agent started",
@@ -208,6 +220,14 @@ impl Metrics {
         self.lxcfs_up.set(i64::from(up));
     }
 
+    /// The version of the serving lxcfs; `None` if it is not known, or none serves.
+    pub fn set_lxcfs_version(&self, version: Option<String>) {
+        self.lxcfs_info.clear();
+        if let Some(version) = version {
+            self.lxcfs_info.get_or_create(&VersionLabel { version }).set(1);
+        }
+    }
+
     pub fn lxcfs_restarted(&self) {
         self.lxcfs_restarts.inc();
     }
@@ -243,6 +263,8 @@ mod tests {
         metrics.event_suppressed();
         metrics.sweep_finished(2);
         metrics.set_lxcfs_up(true);
+        metrics.set_lxcfs_version(Some("6.0.4".into()));
+        metrics.set_lxcfs_version(Some("7.0.0".into()));
         metrics.lxcfs_restarted();
         metrics.remount_pass_finished(Duration::from_millis(250));
         let text = metrics.text();
@@ -256,6 +278,7 @@ mod tests {
             "kube_lxcfs_events_suppressed_total 1",
             "kube_lxcfs_sweep_failures_total 2",
             "kube_lxcfs_lxcfs_up 1",
+            "kube_lxcfs_lxcfs_info{version=\"7.0.0\"} 1",
             "kube_lxcfs_lxcfs_restarts_total 1",
             "kube_lxcfs_remount_pass_duration_seconds 0.25",
             "kube_lxcfs_build_info{version=\"",
@@ -263,5 +286,6 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line} in {text}");
         }
+        assert!(!text.contains("6.0.4"), "{text}");
     }
 }
