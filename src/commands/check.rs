@@ -98,7 +98,14 @@ pub(super) async fn run(common: Common, nri_socket: &Path, output: Output) -> Re
 async fn all(lxcfs_path: &Path, cri: &CriClient, nri: Check) -> Vec<Check> {
     let mut checks = vec![
         match syscalls::verify_syscalls(Purpose::Mount) {
-            Ok(()) => ok("kernel", "has all mount system calls (5.12 or later)"),
+            Ok(()) if syscalls::has_mount_setattr() => {
+                ok("kernel", "has all mount system calls (5.12 or later)")
+            }
+            Ok(()) => ok(
+                "kernel",
+                "has the mount system calls (5.8 or later); without mount_setattr (5.12), each \
+                 view file is prepared in a namespace of its own, which takes longer",
+            ),
             Err(e) => fail("kernel", e),
         },
         if syscalls::has_move_mount_beneath() {

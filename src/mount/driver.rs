@@ -25,12 +25,14 @@ use rustix::{
     path::DecInt,
 };
 
-use super::{Error, Liveness, Outcome, StepError, TableLimit, Task, WorkerContext, observe, table};
+use super::{
+    Error, Liveness, Outcome, StepError, TableLimit, Task, WorkerContext, attrs, observe, table,
+};
 use crate::{
     model::view::{BaseFs, ViewFile},
     plan::{CoverFile, ObservedMounts, Plan, SkipReason, Step},
     sys::{
-        self, Ownership,
+        Ownership,
         mountinfo::{Dev, MountId, MountTable, ReadError},
         process::Process,
     },
@@ -129,16 +131,18 @@ fn with_clones(
     task: &Task,
     steps: Vec<Step>,
 ) -> Result<Vec<StepWithClone>, Error> {
+    let with_attrs = |detached, ownership| attrs::set(detached, ownership, context.mount_setattr);
     let of_lxcfs = |step: Step, ownership| {
-        Some(clone_detached(task.lxcfs_file(step.file())?.as_fd(), ownership))
+        let file = task.lxcfs_file(step.file())?.as_fd();
+        Some(clone(file).map_err(io::Error::from).and_then(|file| with_attrs(file, ownership)))
     };
     let clone = |step: Step| match step {
         Step::Inject(_) | Step::Remount { .. } => of_lxcfs(step, Ownership::Managed),
         Step::Adopt { .. } => of_lxcfs(step, Ownership::PodProvided),
         Step::Cover { with: CoverFile::Lxcfs, .. } => of_lxcfs(step, Ownership::Cover),
-        Step::Cover { with: CoverFile::Node, file, .. } => Some(
-            context.clone_own_file(file).and_then(|own| with_view_attrs(own, Ownership::Cover)),
-        ),
+        Step::Cover { with: CoverFile::Node, file, .. } => {
+            Some(context.clone_own_file(file).and_then(|own| with_attrs(own, Ownership::Cover)))
+        }
         Step::Remove { .. } => None,
     };
     let steps: Vec<StepWithClone> = steps.into_iter().map(|step| (step, clone(step))).collect();
@@ -154,16 +158,7 @@ fn with_clones(
     Ok(steps)
 }
 
-/// Makes a detached mount of one view file, with the options of a view.
-fn clone_detached(file: BorrowedFd<'_>, ownership: Ownership) -> io::Result<OwnedFd> {
-    with_view_attrs(clone(file)?, ownership)
-}
-
-fn with_view_attrs(detached: OwnedFd, ownership: Ownership) -> io::Result<OwnedFd> {
-    sys::set_view_attrs(&detached, ownership)?;
-    Ok(detached)
-}
-
+/// Makes a detached mount of one file.
 pub(super) fn clone(file: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC

@@ -5,6 +5,7 @@
 //! Work runs on a thread of [`Workers`], which enters the namespace by pidfd and always returns to
 //! the agent's own. Nothing in the container is trusted: see `driver.rs`.
 
+mod attrs;
 mod driver;
 mod liveness;
 mod namespace;

@@ -50,6 +50,8 @@ pub struct WorkerContext {
     fds: OwnedFd,
     /// Whether the kernel has `MOVE_MOUNT_BENEATH`.
     pub(super) beneath: bool,
+    /// The kernel has mount_setattr(2).
+    pub(super) mount_setattr: bool,
 }
 
 impl WorkerContext {
@@ -88,6 +90,7 @@ impl WorkerContext {
             proc,
             fds,
             beneath: syscalls::has_move_mount_beneath(),
+            mount_setattr: syscalls::has_mount_setattr(),
         })
     }
 

@@ -26,6 +26,11 @@ pub fn has_move_mount_beneath() -> bool {
     ) != Err(Errno::INVAL)
 }
 
+/// Whether this kernel has mount_setattr(2) (5.12 and later), and no seccomp profile forbids it.
+pub fn has_mount_setattr() -> bool {
+    super::probe_mount_setattr().is_err_and(|e| e.raw_os_error() == Some(libc::EBADF))
+}
+
 /// A system call that the mount driver requires.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Syscall {
@@ -43,7 +48,7 @@ impl fmt::Display for Syscall {
 /// The required system calls that are missing or forbidden.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "this kernel, or a seccomp profile, lacks {}; use kernel 5.12 or later without such a profile",
+    "this kernel, or a seccomp profile, lacks {}; use kernel 5.8 or later without such a profile",
     .0.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 )]
 pub struct MissingSyscalls(pub Vec<Syscall>);
@@ -94,9 +99,6 @@ pub fn verify_syscalls(purpose: Purpose) -> Result<(), MissingSyscalls> {
             MoveMountFlags::empty(),
         );
         probe("move_mount", "5.2", move_mount);
-        let mount_setattr =
-            super::probe_mount_setattr().map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO));
-        probe("mount_setattr", "5.12", mount_setattr);
     }
     if lacking.is_empty() { Ok(()) } else { Err(MissingSyscalls(lacking)) }
 }

@@ -173,7 +173,7 @@ fn run_without(calls: &[i64], errno: i32, args: &'static [&'static str]) -> std:
 fn missing_system_calls_are_named() {
     isolated(|| {
         let calls = [
-            (libc::SYS_mount_setattr, "mount_setattr (kernel 5.12)"),
+            (libc::SYS_open_tree, "open_tree (kernel 5.2)"),
             (libc::SYS_openat2, "openat2 (kernel 5.6)"),
             (libc::SYS_move_mount, "move_mount (kernel 5.2)"),
         ];
@@ -195,7 +195,7 @@ fn missing_mount_calls_refuse_only_mounts() {
     isolated(|| {
         let (lxcfs, target) = (Lxcfs::start(), Bare::start());
         succeeds(&["mount", "--pid", &target.pid.to_string(), "--lxcfs-path", lxcfs.path()]);
-        let mount = [libc::SYS_mount_setattr, libc::SYS_open_tree, libc::SYS_move_mount];
+        let mount = [libc::SYS_open_tree, libc::SYS_move_mount];
         let status = run_without(&mount, libc::ENOSYS, &["status", "--pid-from", "proc"]);
         assert_eq!(stdout(&status).lines().count(), 2, "{}", stderr(&status));
         let umount = run_without(&mount, libc::ENOSYS, &["umount", "--all"]);
@@ -203,6 +203,44 @@ fn missing_mount_calls_refuse_only_mounts() {
         assert!(views(&target.mountinfo()).is_empty());
         let remount = run_without(&mount, libc::ENOSYS, &["remount", "--all"]);
         assert!(error_line(&remount).contains("move_mount (kernel 5.2)"), "{}", stderr(&remount));
+    });
+}
+
+/// As on a kernel before 5.12.
+#[test]
+fn views_are_the_same_without_mount_setattr() {
+    isolated(|| {
+        // A supervised lxcfs may be a shared mount: its copies must not be.
+        let (old, new, target) = (Lxcfs::start(), Lxcfs::start(), Bare::start());
+        let shared = nix::mount::MsFlags::MS_SHARED;
+        nix::mount::mount(None::<&str>, &old.path, None::<&str>, shared, None::<&str>).unwrap();
+        let pid: &'static str = target.pid.to_string().leak();
+        let path = |lxcfs: &Lxcfs| -> &'static str { lxcfs.path().to_owned().leak() };
+        let views_of = |table: &str| -> Vec<String> {
+            let mounts = table.lines().filter(|line| line.contains(" - fuse.lxcfs "));
+            mounts.map(|l| l.split(' ').skip(3).collect::<Vec<_>>().join(" ")).collect()
+        };
+        let without = |args: &'static [&'static str]| {
+            let output = run_without(&[libc::SYS_mount_setattr], libc::ENOSYS, args);
+            assert!(output.status.success(), "{}", stderr(&output));
+            stdout(&output)
+        };
+        let before = target.mountinfo();
+        let mount: &'static [&str] = vec!["mount", "--pid", pid, "--lxcfs-path", path(&old)].leak();
+        succeeds(mount);
+        let expected = views_of(&target.mountinfo());
+        succeeds(&["umount", "--pid", pid]);
+        let own_mounts = own_mountinfo();
+        without(mount);
+        assert_eq!(views_of(&target.mountinfo()), expected);
+        assert_eq!(views(&target.mountinfo()).len(), ALWAYS.len());
+        without(vec!["remount", "--all", "--lxcfs-path", path(&new)].leak());
+        assert_eq!(views(&target.mountinfo()).len(), ALWAYS.len());
+        assert!(without(&["umount", "--all"]).contains("removed"));
+        assert_eq!(target.mountinfo(), before);
+        assert_eq!(own_mountinfo(), own_mounts);
+        let check = run_without(&[libc::SYS_mount_setattr], libc::ENOSYS, &["check"]);
+        assert!(stdout(&check).contains("ok    kernel"), "{}", stdout(&check));
     });
 }
 
