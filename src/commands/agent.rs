@@ -5,7 +5,7 @@ use std::{collections::HashMap, process::ExitCode, sync::Arc};
 use anyhow::{Context, Result, anyhow};
 use tokio::{sync::mpsc, task::JoinSet};
 
-use super::{raise_descriptor_limit, workers};
+use super::{raise_descriptor_limit, unsupported, workers};
 use crate::{
     admin::{self, AppState},
     agent::{
@@ -21,7 +21,7 @@ use crate::{
         nri::{self, NriMode},
     },
     supervisor::volume,
-    sys::syscalls::Purpose,
+    sys::syscalls::{self, Purpose},
     telemetry::{events::Events, metrics::Metrics},
 };
 
@@ -32,6 +32,9 @@ const CHANNEL_CAPACITY: usize = 256;
 
 pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     raise_descriptor_limit();
+    if let Err(missing) = syscalls::verify_syscalls(Purpose::Mount) {
+        return unsupported::run_agent(missing, common, args.listen).await;
+    }
     let lxcfs_path = common.lxcfs_path.clone();
     let cri = CriClient::new(common.cri_endpoint, common.host_root.clone());
     let workers = workers(args.workers, Purpose::Mount)?;

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-use super::{check, raise_descriptor_limit};
+use super::{check, raise_descriptor_limit, unsupported};
 use crate::{
     args::{Common, LxcfsArgs},
     supervisor::Supervisor,
@@ -17,7 +17,9 @@ pub(super) async fn run(
 ) -> Result<ExitCode> {
     raise_descriptor_limit();
     check::require_capabilities()?;
-    syscalls::verify_syscalls(Purpose::Mount)?;
+    if let Err(missing) = syscalls::verify_syscalls(Purpose::Mount) {
+        return unsupported::run_supervisor(missing).await;
+    }
     let path = std::path::absolute(&common.lxcfs_path)?;
     Supervisor { path, bin: lxcfs_bin, args, watchdog }.run().await?;
     Ok(ExitCode::SUCCESS)

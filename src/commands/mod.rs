@@ -8,6 +8,7 @@ mod mount;
 mod output;
 mod probe;
 mod status;
+mod unsupported;
 
 use std::{io::Write, process::ExitCode, time::Duration};
 

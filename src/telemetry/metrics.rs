@@ -89,6 +89,7 @@ pub struct Metrics {
     late_starts: Counter,
     events_suppressed: Counter,
     sweep_failures: Counter,
+    node_supported: Gauge,
     lxcfs_up: Gauge,
     lxcfs_info: Family<VersionLabel, Gauge>,
     lxcfs_restarts: Counter,
@@ -106,6 +107,7 @@ impl Default for Metrics {
             late_starts: Counter::default(),
             events_suppressed: Counter::default(),
             sweep_failures: Counter::default(),
+            node_supported: Gauge::default(),
             lxcfs_up: Gauge::default(),
             lxcfs_info: Family::default(),
             lxcfs_restarts: Counter::default(),
@@ -150,6 +152,12 @@ impl Default for Metrics {
             "Mount namespaces that a sweep skipped, or in which it failed to remove dead views",
             metrics.sweep_failures.clone(),
         );
+        registry.register(
+            "node_supported",
+            "0 if the node's kernel is too old, so that nothing is mounted, else 1",
+            metrics.node_supported.clone(),
+        );
+        metrics.node_supported.set(1);
         registry.register("lxcfs_up", "1 while lxcfs serves, else 0", metrics.lxcfs_up.clone());
         registry.register(
             "lxcfs_info",
@@ -216,6 +224,10 @@ impl Metrics {
         self.sweep_failures.inc_by(failures as u64);
     }
 
+    pub fn set_node_supported(&self, supported: bool) {
+        self.node_supported.set(i64::from(supported));
+    }
+
     pub fn set_lxcfs_up(&self, up: bool) {
         self.lxcfs_up.set(i64::from(up));
     }
@@ -277,6 +289,7 @@ mod tests {
             "kube_lxcfs_late_starts_total 1",
             "kube_lxcfs_events_suppressed_total 1",
             "kube_lxcfs_sweep_failures_total 2",
+            "kube_lxcfs_node_supported 1",
             "kube_lxcfs_lxcfs_up 1",
             "kube_lxcfs_lxcfs_info{version=\"7.0.0\"} 1",
             "kube_lxcfs_lxcfs_restarts_total 1",

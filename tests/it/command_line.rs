@@ -155,6 +155,15 @@ fn missing_capability_is_an_error() {
 /// Runs the binary where a seccomp filter fails these calls with this error, as a kernel without
 /// them does.
 fn run_without(calls: &[i64], errno: i32, args: &'static [&'static str]) -> std::process::Output {
+    without(calls, errno, move || run(args))
+}
+
+/// Calls a function where the programs that it starts cannot make these calls.
+fn without<T: Send + 'static>(
+    calls: &[i64],
+    errno: i32,
+    start: impl FnOnce() -> T + Send + 'static,
+) -> T {
     use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
     let rules = calls.iter().map(|call| (*call, vec![])).collect();
     let refuse = SeccompAction::Errno(errno.cast_unsigned());
@@ -164,7 +173,7 @@ fn run_without(calls: &[i64], errno: i32, args: &'static [&'static str]) -> std:
     // A filter binds the thread that sets it, and what it starts.
     let filtered = thread::spawn(move || {
         seccompiler::apply_filter(&filter).unwrap();
-        run(args)
+        start()
     });
     filtered.join().unwrap()
 }
@@ -203,6 +212,39 @@ fn missing_mount_calls_refuse_only_mounts() {
         assert!(views(&target.mountinfo()).is_empty());
         let remount = run_without(&mount, libc::ENOSYS, &["remount", "--all"]);
         assert!(error_line(&remount).contains("move_mount (kernel 5.2)"), "{}", stderr(&remount));
+    });
+}
+
+/// As on a kernel before 5.8. A pod that exits would be restarted again and again.
+#[test]
+fn unsupported_node_is_reported_and_left_alone() {
+    isolated(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lxcfs");
+        let lxcfs_path = path.to_str().unwrap().to_owned();
+        let agent_dir = dir.path().to_owned();
+        let start_agent =
+            move || agent(&agent_dir, &["--node-name", "n", "--lxcfs-path", &lxcfs_path], &[]);
+        let agent = without(&[libc::SYS_openat2], libc::ENOSYS, start_agent);
+        let reason = "lacks openat2 (kernel 5.6)";
+        assert_eq!(get(&agent, "/healthz").0, 200);
+        let (code, why) = get(&agent, "/readyz");
+        assert_eq!((code, why.contains(reason)), (503, true), "{why}");
+        assert!(get(&agent, "/metrics").1.contains("kube_lxcfs_node_supported 0"));
+        let (log, at) = (dir.path().join("supervisor.log"), path.clone());
+        let supervisor = without(&[libc::SYS_openat2], libc::ENOSYS, move || {
+            let mut command = kube_lxcfs();
+            Running::start(command.args(["lxcfs", "--lxcfs-path"]).arg(at), &log)
+        });
+        eventually_true("the supervisor reports it", || supervisor.log().contains(reason));
+        for mut process in [agent, supervisor] {
+            assert!(process.log().contains("not supported"), "{}", process.log());
+            assert!(process.is_running());
+            process.signal(nix::sys::signal::Signal::SIGTERM);
+            let status = process.child.wait().unwrap();
+            assert!(status.success(), "{status}");
+        }
+        assert!(!path.exists(), "nothing is made");
     });
 }
 
