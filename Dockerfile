@@ -17,10 +17,24 @@ RUN target=$(rustc -vV | sed -n 's/^host: //p') \
     && cp "target/$target/release/kube-lxcfs" /usr/local/bin/
 
 FROM ${DEBIAN_IMAGE} AS lxcfs
-# The service of the package does not start in a container.
+# Exact versions of the packages. lxcfs 7 serves cgroup v2 only, and earlier ones have wrong values
+# there. The supervisor runs the one that fits the node.
+ARG LXCFS_CGROUP1=6.0.4-1+deb13u1
+ARG LXCFS_CGROUP2=7.0.0-1
+# The service of the package does not start in a container. The second one is of another release of
+# the same mirror, whose index may be old: the version is what counts.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends lxcfs \
-    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*
+    && apt-get install -y --no-install-recommends "lxcfs=$LXCFS_CGROUP1" \
+    && mirror=$(grep -rhoE 'https?://[^ ]+' /etc/apt/sources.list* | head -n 1) \
+    && echo "deb $mirror sid main" >/etc/apt/sources.list.d/sid.list \
+    && cd /tmp && apt-get update -o Acquire::Check-Valid-Until=false \
+    && apt-get download "lxcfs=$LXCFS_CGROUP2" \
+    && dpkg -x lxcfs_*.deb lxcfs && mkdir -p /usr/lib/kube-lxcfs/cgroup2 \
+    && mv lxcfs/usr/bin/lxcfs lxcfs/usr/lib/*/lxcfs/liblxcfs.so /usr/lib/kube-lxcfs/cgroup2/ \
+    && mkdir /usr/lib/kube-lxcfs/cgroup1 && ln -s /usr/bin/lxcfs /usr/lib/kube-lxcfs/cgroup1/ \
+    && LD_LIBRARY_PATH=/usr/lib/kube-lxcfs/cgroup2 /usr/lib/kube-lxcfs/cgroup2/lxcfs --version \
+    && rm -rf /tmp/lxcfs* /etc/apt/sources.list.d/sid.list \
+        /var/lib/apt/lists/* /var/cache/apt/* /var/log/*
 COPY --from=build /usr/local/bin/kube-lxcfs /usr/bin/kube-lxcfs
 ARG VERSION=0.1.0
 ARG REVISION=unknown
