@@ -5,7 +5,7 @@ use std::{collections::HashMap, process::ExitCode, sync::Arc};
 use anyhow::{Context, Result, anyhow};
 use tokio::{sync::mpsc, task::JoinSet};
 
-use super::{raise_descriptor_limit, unsupported, workers};
+use super::{check, raise_descriptor_limit, unsupported, workers};
 use crate::{
     admin::{self, AppState},
     agent::{
@@ -32,6 +32,7 @@ const CHANNEL_CAPACITY: usize = 256;
 
 pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     raise_descriptor_limit();
+    check::require_capabilities()?;
     if let Err(missing) = syscalls::verify_syscalls(Purpose::Mount) {
         return unsupported::run_agent(missing, common, args.listen).await;
     }
@@ -113,7 +114,9 @@ async fn watch_api_server(
     updates: &mpsc::Sender<Update>,
     watchers: &mut Watchers,
 ) -> Result<Events> {
-    let node = node_name.filter(|name| !name.is_empty()).context("unknown node name; set --node-name or NODE_NAME")?;
+    let node = node_name
+        .filter(|name| !name.is_empty())
+        .context("unknown node name; set --node-name or NODE_NAME")?;
     let client = kube::Client::try_default().await.context(
         "failed to configure the API server's client; \
          run in a pod with a service account, set KUBECONFIG, or use --pods-from cri",

@@ -34,8 +34,8 @@ pub(super) fn set(
     remounted.unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
 }
 
-/// Before kernel 5.12 only mount(2) sets options, and only of a mount in the caller's namespace: the
-/// mount is attached in a namespace of the thread's own, and cloned there.
+/// Before kernel 5.12 only mount(2) sets options, and only of a mount in the caller's namespace:
+/// the mount is attached in a namespace of the thread's own, and cloned there.
 fn remount(detached: &OwnedFd, ownership: Ownership) -> io::Result<OwnedFd> {
     nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
     let change = |point: &str, flags| {
