@@ -213,7 +213,8 @@ pub struct AgentArgs {
 
 #[derive(Debug, Args)]
 pub struct LxcfsArgs {
-    /// Program to run as lxcfs [default: the bundled one for the node's cgroup version, else lxcfs].
+    /// Program to run as lxcfs [default: the bundled one for the node's cgroup version, else
+    /// lxcfs].
     #[arg(long, env = "KUBE_LXCFS_LXCFS_BIN", value_name = "FILE")]
     pub lxcfs_bin: Option<PathBuf>,
     /// Time after which an unresponsive lxcfs is killed and restarted, from 100ms to 3600s.
