@@ -1,6 +1,6 @@
 # Every target installs what it needs from the distribution, by the scripts in hack/.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit e2e chaos fuzz bench lint build image manifests
+.PHONY: help demo test test-unit e2e chaos fuzz bench vm vm-all lint build image manifests
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,12 @@ fuzz: ## each fuzz target for FUZZ_SECONDS (default 30; needs a nightly toolchai
 
 bench: ## all benchmarks, or only BENCH: mount, table, agent, restart or start (root)
 	hack/test.sh --bench $(BENCH)
+
+vm: ## scenarios in a virtual machine: CELL (kernel-6.12) of hack/vm/run.sh (root)
+	hack/vm/run.sh $(or $(CELL),kernel-6.12)
+
+vm-all: ## every cell, one after the other; updates docs/compatibility.md (root)
+	hack/vm/run.sh --write
 
 lint: ## rustfmt, clippy, fuzz crate, layers, dependencies, scripts, chart and manifests
 	hack/lint.sh

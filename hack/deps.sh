@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs packages of Debian or Ubuntu whose commands are missing. Root is needed only if a command
 # is missing. Services of new packages are not started.
-#   hack/deps.sh SET...       SET: build, demo, test, helm, kubernetes, cluster, image, lint
+#   hack/deps.sh SET...       SET: build, demo, test, helm, kubernetes, cluster, image, lint, vm
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -36,8 +36,12 @@ packages_of() {
         echo shellcheck shellcheck c++ build-essential python3 python3 \
             apparmor_parser apparmor scmp_sys_resolver seccomp
         ;;
+    vm)
+        echo qemu-system-x86_64 qemu-system-x86 mmdebstrap mmdebstrap mke2fs e2fsprogs \
+            busybox busybox-static cpio cpio xz xz-utils modprobe kmod
+        ;;
     *)
-        fail "unknown set '$1'; valid: build demo test helm kubernetes cluster image lint"
+        fail "unknown set '$1'; valid: build demo test helm kubernetes cluster image lint vm"
         ;;
     esac
 }

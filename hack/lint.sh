@@ -46,7 +46,7 @@ hack/deps.sh build lint
 locked tools cargo_tool deny
 PATH="$(hack/offline/helm.sh):$PATH:$CACHE/tools/bin:/usr/sbin:/sbin"
 say "scripts"
-shellcheck -x hack/*.sh hack/offline/*.sh .ci/run
+shellcheck -x hack/*.sh hack/offline/*.sh hack/vm/*.sh hack/vm/guest/*.sh .ci/run
 check_line_width
 say "Rust"
 cargo fmt --check

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Boots a virtual machine, and runs the program `run` of a directory in it, as root. The directory
+# is at /payload there. Prints what the program prints, and exits with its status.
+#   hack/vm/boot.sh ROOT KERNEL DIR      ROOT, KERNEL: Debian releases, as in: trixie bookworm
+# The console is in console.log of the cache. Nothing that the machine writes is kept.
+set -euo pipefail
+. "$(dirname "$0")/lib.sh"
+
+[ $# = 3 ] || fail "usage: hack/vm/boot.sh ROOT KERNEL DIR"
+payload=$3
+# Without KVM a program runs about ten times slower.
+limit=${VM_TIMEOUT:-45m}
+root=$("$(dirname "$0")/root.sh" "$1")
+kernel=$("$(dirname "$0")/kernel.sh" "$2")
+
+make_work_dir vm-run
+image "$payload" "$work/payload.ext4" $(($(du -sm "$payload" | cut -f1) * 5 / 4 + 16)) payload
+touch "$work/output"
+status=0
+TMPDIR=$work timeout "$limit" nice -n 10 qemu-system-x86_64 -accel tcg,thread=multi -cpu max \
+    -smp 2 -m 2048 -no-reboot -nic none -display none -monitor none \
+    -kernel "$kernel/vmlinuz" -initrd "$kernel/initrd" \
+    -append 'console=ttyS0 rw psi=1 systemd.show_status=0' \
+    -drive "file=$root,if=virtio,format=raw,snapshot=on" \
+    -drive "file=$kernel/modules.ext4,if=virtio,format=raw,snapshot=on" \
+    -drive "file=$work/payload.ext4,if=virtio,format=raw,snapshot=on" \
+    -serial "file:$vm/console.log" -serial "file:$work/output" &
+machine=$!
+trap 'kill $machine 2>/dev/null || true; rm -rf "$work"' EXIT
+# The output as it comes, without the carriage returns of the serial port.
+tail -s 0.5 --pid=$machine -n +1 -f "$work/output" | sed -u 's/\r$//' | tee "$work/plain" &
+printer=$!
+wait $machine || status=$?
+wait $printer || true
+[ $status = 0 ] || fail "the virtual machine failed or took over $limit (log: $vm/console.log)"
+status=$(sed -n 's/^exit status: //p' "$work/plain" | tail -n 1)
+[ -n "$status" ] || fail "the payload has not ended (log: $vm/console.log)"
+exit "$status"

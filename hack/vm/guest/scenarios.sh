@@ -1,0 +1,513 @@
+#!/bin/bash
+# The scenarios of a cell, in the machine. Prints one line for each: `result`, the name, `passed`,
+# `failed` or `known`, and what was seen, separated by tabs. `known` is a gap that the documentation
+# names. The status is 1 if one has failed.
+set -uo pipefail
+# shellcheck source=node.sh
+. /payload/node.sh
+cell_runtime='' cell_sets=''
+# shellcheck source=/dev/null
+. /payload/cell.sh
+
+failed=0
+seen=
+known=
+
+# scenario NAME: runs the function NAME. It sets `seen`, and `known` for a known gap.
+scenario() {
+    local verdict=passed status=0
+    seen='' known=''
+    echo "scenario $1, at $(cut -d' ' -f1 /proc/uptime) s"
+    "$1" || status=$?
+    if [ $status != 0 ]; then
+        verdict=failed
+        failed=$((failed + 1))
+        journalctl --no-pager -o cat -n 30 -u kube-lxcfs-agent -u kube-lxcfs-lxcfs | sed 's/^/  | /'
+    elif [ -n "$known" ]; then
+        verdict=known
+    fi
+    printf 'result\t%s\t%s\t%s\n' "$1" "$verdict" "${known:-$seen}"
+}
+
+# is WHAT EXPECTED OBSERVED
+is() {
+    [ "$2" = "$3" ] && return
+    seen+="${seen:+; }$1: expected $2, got $3"
+    return 1
+}
+
+kernel_at_least() { printf '%s\n%s\n' "$1" "$(uname -r)" | sort -CV; }
+lxcfs_major() { lxcfs --version 2>&1 | grep -o '[0-9]' | head -n 1; }
+cgroup_options() { findmnt -n -o OPTIONS -t cgroup2 /sys/fs/cgroup; }
+# mount_table NAME: as the container sees it.
+mount_table() { in_pod "$1" cat /proc/self/mountinfo; }
+
+# --- readers: containers that read view files all the time --------------------------------------
+
+readers=(reader-0 reader-1 reader-2)
+reader_mib=77
+read_files=(/proc/cpuinfo /proc/diskstats /proc/loadavg /proc/meminfo /proc/stat /proc/swaps
+    /proc/uptime /sys/devices/system/cpu/online)
+
+run_readers() {
+    local name
+    mkdir -p /run/readers
+    install /payload/reader /run/readers/reader
+    for name in "${readers[@]}"; do
+        run_pod "$name" --memory $reader_mib --volume /run/readers:/out "$opt_in" -- \
+            /out/reader "/out/$name" $((reader_mib << 10)) 20 "${read_files[@]}" || return
+    done
+}
+
+readers_have() {
+    local name
+    for name in "${readers[@]}"; do [ -e "/run/readers/$name$1" ] || return 1; done
+}
+
+go() {
+    local name
+    rm -f /run/readers/reader-?.started /run/readers/reader-?.stop /run/readers/reader-?
+    for name in "${readers[@]}"; do touch "/run/readers/$name.go"; done
+    wait_for 120 readers_have .started
+}
+
+# stop: sets own, node and errors to the sums of the readers.
+stop() {
+    local name
+    for name in "${readers[@]}"; do touch "/run/readers/$name.stop"; done
+    wait_for 120 readers_have '' || return
+    read -r own node errors < <(cat /run/readers/reader-? |
+        awk '{ own += $1; node += $2; errors += $3 } END { print own, node, errors }')
+}
+
+# all_current: every view file of the readers comes from the serving lxcfs.
+all_current() {
+    local name all
+    all=$(views) || return
+    for name in "${readers[@]}"; do
+        jq -e --arg id "${container[$name]}" 'any(.[]; .id == $id and (.files | length >= 8) and
+            all(.files[]; . == "current"))' <<<"$all" >/dev/null || return
+    done
+}
+
+# another_lxcfs PID: whether another lxcfs than PID serves, and every view is current.
+another_lxcfs() {
+    local pid
+    pid=$(lxcfs_pid) && [ "$pid" != "$1" ] && is_serving && all_current
+}
+
+# while_reading COMMAND...: runs COMMAND while the readers read, and then reads once more.
+while_reading() {
+    go || return
+    "$@" || { stop; return 1; }
+    # Reads after the change count too.
+    sleep 2
+    stop || return
+    seen="reads: $own own, $node of the node, $errors errors"
+    local result=("$own" "$node" "$errors")
+    go && sleep 1 && stop || return
+    is "reads of the node afterwards" 0 "$node" && is "errors afterwards" 0 "$errors" || return
+    [ "$own" -gt 0 ] || return
+    own=${result[0]} node=${result[1]} errors=${result[2]}
+}
+
+# --- scenarios ----------------------------------------------------------------------------------
+
+# What this cell is.
+versions() {
+    local kernel lxcfs runtime
+    kernel=$(uname -r)
+    lxcfs=$(lxcfs --version 2>&1 | grep -o '[0-9.]*' | head -n 1)
+    runtime=$("$cell_runtime" --version 2>&1 | head -n 1 | grep -o '[0-9][^ ]*' | head -n 1)
+    seen="kernel $kernel, systemd $(systemctl --version | sed -n '1s/systemd \([0-9]*\).*/\1/p')"
+    seen+=", containerd $(containerd --version | cut -d' ' -f3), $cell_runtime $runtime"
+    seen+=", lxcfs $lxcfs"
+    is "file system of /sys/fs/cgroup" cgroup2 "$(findmnt -n -o FSTYPE /sys/fs/cgroup)" &&
+        is AppArmor Y "$(cat /sys/module/apparmor/parameters/enabled)"
+}
+
+# lxcfs starts, and the node's cgroup2 mount keeps its options.
+supervisor_keeps_cgroup_options() {
+    local before after
+    before=$(cgroup_options)
+    start_supervisor || return
+    after=$(cgroup_options)
+    seen="$after"
+    [ "$before" = "$after" ] && return
+    seen="before: $before, after: $after"
+    [ "$(lxcfs_major)" -lt 7 ] && known="lxcfs 6.0.4 changes them ($seen)"
+}
+
+# A container without a view, before the agent runs.
+opted_out_pod_starts() {
+    run_pod opted-out --memory 64 || return
+    opted_out_table=$(mount_table opted-out)
+    [ -n "$opted_out_table" ]
+}
+
+agent_is_ready() { start_agent; }
+
+check_command() {
+    local out status=0
+    out=$(kube-lxcfs check 2>&1) || status=$?
+    note "$out"
+    is "exit status" 0 $status
+}
+
+# The view is there before the first instruction.
+first_read_is_own() {
+    local n first own=0 count=5
+    mkdir -p /run/first
+    for ((n = 0; n < count; n++)); do
+        # shellcheck disable=SC2016 # for the shell in the container
+        run_pod "first-$n" --memory 50 --volume /run/first:/out "$opt_in" -- \
+            sh -c 'read -r l </proc/meminfo; echo "$l" >/out/'"$n; exec sleep 86400" || return
+        wait_for 60 test -s "/run/first/$n" || return
+        first=$(awk '{ print $2 }' "/run/first/$n")
+        [ "$first" = $((50 << 10)) ] && own=$((own + 1))
+        remove_pod "first-$n"
+        rm "/run/first/$n"
+    done
+    seen="$own of $count"
+    [ $own = $count ]
+}
+
+opted_out_table_is_identical() {
+    is "mount table" "$opted_out_table" "$(mount_table opted-out)"
+}
+
+readers_have_views() { run_readers && wait_for 60 all_current; }
+
+# With an agent that is stopped, by the commands. A running agent restores what is desired.
+opt_out_and_in() {
+    local name=reader-0 id=${container[reader-0]} before
+    before=$(view_count $name)
+    systemctl stop kube-lxcfs-agent || return
+    kube-lxcfs umount --container "$id" >/dev/null || return
+    is "view files after umount" 0 "$(view_count $name)" || return
+    kube-lxcfs mount --container "$id" >/dev/null || return
+    is "view files after mount" "$before" "$(view_count $name)" || return
+    kube-lxcfs umount --container "$id" >/dev/null || return
+    start_agent && wait_for 60 all_current || return
+    seen="$before view files"
+}
+
+running_agent_removes_undesired_view() {
+    kube-lxcfs mount --container "${container[opted-out]}" >/dev/null || return
+    [ "$(view_count opted-out)" -gt 0 ] || return
+    systemctl restart kube-lxcfs-agent && wait_for 120 is_ready || return
+    wait_for 120 has_no_view opted-out && opted_out_table_is_identical
+}
+has_no_view() { [ "$(view_count "$1")" = 0 ]; }
+
+kill_lxcfs() {
+    local pid
+    pid=$(lxcfs_pid)
+    kill "-$1" "$pid"
+    wait_for 180 another_lxcfs "$pid"
+}
+lxcfs_is_killed() { while_reading kill_lxcfs KILL; }
+lxcfs_is_terminated() { while_reading kill_lxcfs TERM; }
+# The watchdog kills it.
+lxcfs_is_stopped() { while_reading kill_lxcfs STOP; }
+
+# without_a_gap: no error, and the node's values only for the moment that old kernels need.
+without_a_gap() {
+    is errors 0 "$errors" || return
+    [ "$node" = 0 ] || ! kernel_at_least 6.5 || is "reads of the node" 0 "$node"
+}
+
+# systemd starts another supervisor, which replaces the lxcfs of the killed one.
+kill_supervisor() {
+    local pid
+    pid=$(lxcfs_pid)
+    kill -KILL "$(main_pid kube-lxcfs-lxcfs)"
+    wait_for 180 another_lxcfs "$pid" && wait_for 60 is_gone "$pid"
+}
+is_gone() { [ ! -e "/proc/$1" ]; }
+supervisor_is_killed() { while_reading kill_supervisor && without_a_gap; }
+
+restart_supervisor() {
+    local pid
+    pid=$(lxcfs_pid)
+    systemctl restart kube-lxcfs-lxcfs && wait_for 180 another_lxcfs "$pid"
+}
+supervisor_is_restarted() { while_reading restart_supervisor && is errors 0 "$errors"; }
+
+kill_agent() {
+    local pid
+    pid=$(main_pid kube-lxcfs-agent)
+    kill -KILL "$pid"
+    wait_for 120 is_gone "$pid" && wait_for 120 is_ready
+}
+agent_is_killed() {
+    while_reading kill_agent && is errors 0 "$errors" && is "reads of the node" 0 "$node" &&
+        first_reads_after
+}
+# first_reads_after: NRI is connected again.
+first_reads_after() {
+    local reads=$seen
+    sleep 5
+    first_read_is_own || return
+    seen="$reads; first reads: $seen"
+}
+
+restart_containerd() { systemctl restart containerd && wait_for 120 pod ready; }
+containerd_is_restarted() {
+    while_reading restart_containerd && is errors 0 "$errors" &&
+        is "reads of the node" 0 "$node" && wait_for 120 is_ready && first_reads_after
+}
+
+# --- values -------------------------------------------------------------------------------------
+
+# MemTotal is the lowest memory.max up the tree.
+memory_is_lowest_limit() {
+    local slice=kubelxcfs-limited.slice
+    run_pod limited --cgroup $slice --memory 96 "$opt_in" || return
+    wait_for 60 has_view limited || return
+    is "MemTotal with the container's limit" $((96 << 10)) "$(memory_in limited)" || return
+    systemctl set-property --runtime $slice MemoryMax=64M || return
+    is "MemTotal with the parent's limit" $((64 << 10)) "$(memory_in limited)" || return
+    seen="96 MiB, and 64 MiB with that limit on the parent"
+    remove_pod limited
+}
+has_view() { [ "$(view_count "$1")" -ge 8 ]; }
+
+# cpus NAME: the number of CPUs that cpuinfo, online and stat show.
+cpus() {
+    # shellcheck disable=SC2016 # for the shell in the container
+    in_pod "$1" sh -c 'echo $(grep -c ^processor /proc/cpuinfo) \
+        $(cat /sys/devices/system/cpu/online) $(grep -c "^cpu[0-9]" /proc/stat)'
+}
+
+# The number of CPUs is the quota, rounded up.
+cpus_are_quota() {
+    local name all
+    [ -n "${sandbox[half]-}" ] || run_pod half --cpu 50 "$opt_in" || return
+    run_pod unlimited --cpu 0 "$opt_in" || return
+    wait_for 60 has_view half && wait_for 60 has_view unlimited || return
+    all=$(nproc)
+    is "cpuinfo, online, stat without a quota" "$all 0-$((all - 1)) $all" "$(cpus unlimited)" ||
+        return
+    seen="$(cpus half)"
+    if [ "$seen" != "1 0 1" ] && [ "$(lxcfs_major)" -lt 7 ]; then
+        known="lxcfs 6.0.4: cpuinfo, online, stat show $seen"
+    else
+        is "cpuinfo, online, stat with half a CPU" "1 0 1" "$(cpus half)" || return
+    fi
+    remove_pod unlimited
+}
+
+# The quota of a parent counts too.
+cpus_are_parents_quota() {
+    local slice=kubelxcfs-quota.slice
+    run_pod quota --cgroup $slice --cpu 0 "$opt_in" || return
+    wait_for 60 has_view quota || return
+    systemctl set-property --runtime $slice CPUQuota=50% || return
+    seen=$(cpus quota)
+    if [ "$seen" != "1 0 1" ] && [ "$(lxcfs_major)" -lt 7 ]; then
+        known="lxcfs 6.0.4: cpuinfo, online, stat show $seen"
+    else
+        is "cpuinfo, online, stat with half a CPU" "1 0 1" "$seen" || return
+    fi
+    remove_pod quota
+}
+
+# uptime is the age of the container's first process.
+uptime_is_age_of_init() {
+    local start hertz before value after
+    hertz=$(getconf CLK_TCK)
+    start=$(in_pod half cat /proc/1/stat | sed 's/.*) //' | cut -d' ' -f20)
+    before=$(cut -d' ' -f1 /proc/uptime)
+    value=$(in_pod half cat /proc/uptime | cut -d' ' -f1)
+    after=$(cut -d' ' -f1 /proc/uptime)
+    seen="$value s"
+    # Both are truncated to seconds or less.
+    awk -v start="$start" -v hertz="$hertz" -v before="$before" -v value="$value" \
+        -v after="$after" 'BEGIN { start /= hertz
+            exit !(value >= before - start - 1.1 && value <= after - start + 1.1) }' && return
+    seen="$value s, age from $before to $after s minus $start / $hertz s"
+    return 1
+}
+
+# pressure is that of the cgroup. Its total only grows.
+pressure_is_cgroups() {
+    local cgroup file before value after node
+    cgroup=/sys/fs/cgroup$(cut -d: -f3 "/proc/$(pid_of half)/cgroup")
+    # Some pressure on the CPUs.
+    in_pod half timeout 10 sh -c 'while :; do :; done' || true
+    for file in cpu memory io; do
+        before=$(total "$cgroup/$file.pressure")
+        value=$(in_pod half cat /proc/pressure/$file | total)
+        after=$(total "$cgroup/$file.pressure")
+        node=$(total /proc/pressure/$file)
+        seen+="${seen:+, }$file $value ($before to $after, node $node)"
+        if [ "$value" -ge "$before" ] && [ "$value" -le "$after" ]; then continue; fi
+        # lxcfs 7.0.0 searches the controller blkio, which is called io in version 2.
+        if [ "$(lxcfs_major)" -lt 7 ]; then
+            known="lxcfs 6.0.4 does not serve it: the node's values"
+        elif [ $file = io ]; then
+            known="lxcfs 7.0.0 serves the node's values in pressure/io"
+        else
+            return 1
+        fi
+    done
+}
+# total [FILE]: of the line `some` of a pressure file.
+total() { sed -n 's/^some .*total=//p' "$@"; }
+pid_of() {
+    views | jq --arg id "${container[$1]}" '.[] | select(.id == $id) | .pid'
+}
+
+# --- kinds of pods ------------------------------------------------------------------------------
+
+# first_read_of EXPECTED OPTION...: runs a pod whose first instruction reads MemTotal.
+first_read_of() {
+    local first expected=$1
+    shift
+    mkdir -p /run/first
+    # A user namespace has other users.
+    chmod 1777 /run/first
+    rm -f /run/first/kind
+    # shellcheck disable=SC2016 # for the shell in the container
+    run_pod kind --memory 50 --volume /run/first:/out "$@" "$opt_in" -- \
+        sh -c 'read -r l </proc/meminfo; echo "$l" >/out/kind; exec sleep 86400' || return
+    wait_for 60 test -s /run/first/kind || return
+    first=$(awk '{ print $2 }' /run/first/kind)
+    is "MemTotal at the first read" "$expected" "$first" || return
+    seen="$(view_count kind current) view files, MemTotal $first KiB"
+    remove_pod kind
+}
+own_kib=$((50 << 10))
+read_only_root() { first_read_of $own_kib --read-only-root true; }
+proc_mount_unmasked() { first_read_of $own_kib --proc-mount Unmasked; }
+privileged() { first_read_of $own_kib --privileged true; }
+user_namespace() { first_read_of $own_kib --network pod --users pod; }
+# lxcfs shows the cgroup of the first process of the pid namespace: here the node's.
+host_pid() { first_read_of "$(awk '/^MemTotal:/ { print $2 }' /proc/meminfo)" --pid node; }
+# Here that of the pod's sandbox, which has no limit.
+shared_process_namespace() {
+    first_read_of "$(awk '/^MemTotal:/ { print $2 }' /proc/meminfo)" --pid pod
+}
+
+# A container with a kernel of its own is left alone, and the agent says so.
+gvisor() {
+    local mounts
+    mounts=$(cut -d' ' -f5- /proc/self/mountinfo | grep fuse)
+    run_pod gvisor --handler runsc "$opt_in" || return
+    seen=$(in_pod gvisor dmesg | head -n 1)
+    wait_for 60 agent_logged LxcfsUnsupportedRuntime || return
+    has_no_view gvisor || return
+    is "mounts of the node" "$mounts" "$(cut -d' ' -f5- /proc/self/mountinfo | grep fuse)" ||
+        return
+    is "lxcfs mounts of gVisor's processes" 0 "$(pgrep runsc |
+        sed 's|.*|/proc/&/mountinfo|' | xargs cat 2>/dev/null | grep -c 'noatime.*fuse.lxcfs')" || return
+    remove_pod gvisor
+}
+agent_logged() { journalctl --no-pager -o cat -u kube-lxcfs-agent | grep -q "$1"; }
+
+# The OCI hook injects before the first instruction, without an agent.
+podman_hook() {
+    local out
+    mkdir -p /etc/containers/oci/hooks.d
+    cat >/etc/containers/oci/hooks.d/kube-lxcfs.json <<'HOOK'
+{"version": "1.0.0", "stages": ["createRuntime"],
+ "hook": {"path": "/usr/bin/kube-lxcfs",
+          "args": ["kube-lxcfs", "hook", "--log-file", "/run/kube-lxcfs-hook.log"]},
+ "when": {"annotations": {"^kube-lxcfs\\.io/inject$": "^true$"}}}
+HOOK
+    podman load -q -i /payload/busybox-image.tar >/dev/null || return
+    out=$(podman run --rm --network host --memory 50m --annotation "$opt_in" \
+        localhost/kube-lxcfs/busybox:1 head -n 1 /proc/meminfo) || return
+    is "MemTotal at the first read" $own_kib "$(awk '{ print $2 }' <<<"$out")" && return
+    sed 's/^/  | /' /run/kube-lxcfs-hook.log
+    return 1
+}
+
+# --- the distribution's lxcfs.service -----------------------------------------------------------
+
+# As the package has it.
+host_managed_lxcfs_serves() {
+    host_managed=1
+    systemctl start lxcfs && wait_for 60 is_serving || return
+    seen=$(systemctl show -P ExecStart lxcfs | sed -n 's/.*argv\[\]=\([^;]*\) ;.*/\1/p')
+}
+
+# Without the drop-in, readers have errors until the agent has removed the views.
+host_managed_lxcfs_is_restarted() {
+    while_reading restart_host_lxcfs
+}
+restart_host_lxcfs() {
+    local pid
+    pid=$(lxcfs_pid)
+    systemctl restart lxcfs && wait_for 180 another_lxcfs "$pid"
+}
+
+host_managed_lxcfs_is_killed() { while_reading kill_lxcfs KILL; }
+
+# With the drop-in, a restart is free of errors. The first restart applies it.
+drop_in_restarts_without_errors() {
+    cp -r /payload/systemd/lxcfs.service.d /etc/systemd/system/
+    systemctl daemon-reload
+    restart_host_lxcfs || return
+    while_reading restart_host_lxcfs && is errors 0 "$errors"
+}
+
+host_managed_uninstall_leaves_nothing() {
+    systemctl stop kube-lxcfs-agent || return
+    kube-lxcfs umount --all >/dev/null || return
+    systemctl stop lxcfs || return
+    nothing_is_left
+}
+
+# --- the end ------------------------------------------------------------------------------------
+
+uninstall_leaves_nothing() {
+    systemctl stop kube-lxcfs-agent || return
+    go || return
+    systemctl stop kube-lxcfs-lxcfs || return
+    stop || return
+    seen="reads: $own own, $node of the node, $errors errors"
+    is errors 0 "$errors" || return
+    nothing_is_left
+}
+nothing_is_left() {
+    is "lxcfs mounts" "" "$(findmnt -n -t fuse.lxcfs)" || return
+    is "lxcfs processes" "" "$(pgrep -x lxcfs)" || return
+    is "kube-lxcfs processes" "" "$(pgrep -x kube-lxcfs)" || return
+    local tables
+    tables=$(cat /proc/[0-9]*/mountinfo 2>/dev/null | grep -c fuse.lxcfs)
+    is "lxcfs mounts in all mount tables" 0 "$tables" || return
+    opted_out_table_is_identical
+}
+
+apparmor_denies_nothing() {
+    local denied
+    denied=$(journalctl -k --no-pager -o cat | grep 'apparmor="DENIED"' | grep -v 'comm="reader"')
+    seen=$(head -n 3 <<<"$denied")
+    [ -z "$denied" ]
+}
+
+install_kube_lxcfs
+start_containerd "$cell_runtime" || exit 1
+declare -A sets=(
+    [begin]='versions supervisor_keeps_cgroup_options opted_out_pod_starts agent_is_ready
+        check_command first_read_is_own'
+    [values]='memory_is_lowest_limit cpus_are_quota cpus_are_parents_quota uptime_is_age_of_init
+        pressure_is_cgroups'
+    [kinds]='read_only_root proc_mount_unmasked privileged user_namespace host_pid
+        shared_process_namespace gvisor podman_hook'
+    [failures]='readers_have_views opted_out_table_is_identical opt_out_and_in
+        running_agent_removes_undesired_view lxcfs_is_killed lxcfs_is_terminated lxcfs_is_stopped
+        supervisor_is_killed supervisor_is_restarted agent_is_killed containerd_is_restarted'
+    [end]='uninstall_leaves_nothing apparmor_denies_nothing'
+    [host]='versions host_managed_lxcfs_serves opted_out_pod_starts agent_is_ready check_command
+        first_read_is_own cpus_are_quota readers_have_views host_managed_lxcfs_is_restarted
+        host_managed_lxcfs_is_killed drop_in_restarts_without_errors cpus_are_quota
+        host_managed_uninstall_leaves_nothing apparmor_denies_nothing'
+)
+[ "$cell_sets" != all ] || cell_sets='begin values kinds failures end'
+for set in $cell_sets; do
+    for name in ${sets[$set]}; do scenario "$name"; done
+done
+[ $failed = 0 ]
