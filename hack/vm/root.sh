@@ -9,7 +9,7 @@ set -euo pipefail
 [ $# = 1 ] || fail "usage: hack/vm/root.sh RELEASE"
 release=$1
 # Raise it when the content changes.
-version=3
+version=4
 packages=systemd-sysv,dbus,udev,apparmor,containerd,runc,crun,lxcfs,fuse3,busybox-static,procps
 packages+=,kmod,iproute2,jq,podman,runsc,containernetworking-plugins
 root="$vm/root-$release-$version.ext4"
@@ -42,7 +42,9 @@ mount -o ro /dev/disk/by-label/payload /payload
 cd /root
 HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin /payload/run
 echo "exit status: $?"
-systemctl poweroff --force
+# Not in order: containers ignore SIGTERM, and nothing is kept.
+sync
+systemctl poweroff --force --force
 PROGRAM
 }
 

@@ -16,7 +16,7 @@ sid             sid       sid         sid       runc    all
 lxcfs-6         trixie    trixie      trixie    runc    begin values end
 crun            trixie    trixie      sid       crun    begin values kinds end
 lxcfs.service   trixie    trixie      sid       runc    host
-kernel-5.10     trixie    bullseye    sid       runc    all
+kernel-5.10     trixie    bullseye    sid       runc    refusal
 "
 
 names() { awk 'NF { print $1 }' <<<"$cells"; }
