@@ -15,14 +15,16 @@ known=
 
 # scenario NAME: runs the function NAME. It sets `seen`, and `known` for a known gap.
 scenario() {
-    local verdict=passed status=0
+    local verdict=passed status=0 since
+    since=@$(date +%s)
     seen='' known=''
     echo "scenario $1, at $(cut -d' ' -f1 /proc/uptime) s"
     "$1" || status=$?
     if [ $status != 0 ]; then
         verdict=failed
         failed=$((failed + 1))
-        journalctl --no-pager -o cat -n 30 -u kube-lxcfs-agent -u kube-lxcfs-lxcfs | sed 's/^/  | /'
+        journalctl --no-pager -o cat -n 20 --since "$since" -u kube-lxcfs-agent \
+            -u kube-lxcfs-lxcfs | cut -c1-200 | sed 's/^/  | /'
     elif [ -n "$known" ]; then
         verdict=known
     fi
@@ -39,8 +41,9 @@ is() {
 kernel_at_least() { printf '%s\n%s\n' "$1" "$(uname -r)" | sort -CV; }
 lxcfs_major() { lxcfs --version 2>&1 | grep -o '[0-9]' | head -n 1; }
 cgroup_options() { findmnt -n -o OPTIONS -t cgroup2 /sys/fs/cgroup; }
-# mount_table NAME: as the container sees it.
-mount_table() { in_pod "$1" cat /proc/self/mountinfo; }
+# mount_table NAME: as the container sees it. Without the options of superblocks: runtimes change
+# those of cgroup2 for the whole node.
+mount_table() { in_pod "$1" cat /proc/self/mountinfo | sed 's/ - \([^ ]*\) .*/ - \1/'; }
 
 # --- readers: containers that read view files all the time --------------------------------------
 
@@ -363,6 +366,12 @@ pid_of() {
 
 # first_read_of EXPECTED OPTION...: runs a pod whose first instruction reads MemTotal.
 first_read_of() {
+    local status=0
+    compare_first_read "$@" || status=$?
+    [ -z "${sandbox[kind]-}" ] || remove_pod kind
+    return $status
+}
+compare_first_read() {
     local first expected=$1
     shift
     mkdir -p /run/first
@@ -376,16 +385,16 @@ first_read_of() {
     first=$(awk '{ print $2 }' /run/first/kind)
     is "MemTotal at the first read" "$expected" "$first" || return
     seen="$(view_count kind current) view files, MemTotal $first KiB"
-    remove_pod kind
 }
 own_kib=$((50 << 10))
 read_only_root() { first_read_of $own_kib --read-only-root true; }
 proc_mount_unmasked() { first_read_of $own_kib --proc-mount Unmasked; }
 privileged() { first_read_of $own_kib --privileged true; }
 user_namespace() { first_read_of $own_kib --network pod --users pod; }
-# lxcfs shows the cgroup of the first process of the pid namespace: here the node's.
-host_pid() { first_read_of "$(awk '/^MemTotal:/ { print $2 }' /proc/meminfo)" --pid node; }
-# Here that of the pod's sandbox, which has no limit.
+# lxcfs shows the cgroup of the first process of the reader's pid namespace. In its own pid
+# namespace, it shows that of the reader.
+host_pid() { first_read_of $own_kib --pid node; }
+# Here the first process is the pod's sandbox, which has no limit.
 shared_process_namespace() {
     first_read_of "$(awk '/^MemTotal:/ { print $2 }' /proc/meminfo)" --pid pod
 }
@@ -394,7 +403,7 @@ shared_process_namespace() {
 gvisor() {
     local mounts
     mounts=$(cut -d' ' -f5- /proc/self/mountinfo | grep fuse)
-    run_pod gvisor --handler runsc "$opt_in" || return
+    run_pod gvisor --handler runsc --network pod "$opt_in" || return
     seen=$(in_pod gvisor dmesg | head -n 1)
     wait_for 60 agent_logged LxcfsUnsupportedRuntime || return
     has_no_view gvisor || return
@@ -409,8 +418,8 @@ agent_logged() { journalctl --no-pager -o cat -u kube-lxcfs-agent | grep -q "$1"
 # The OCI hook injects before the first instruction, without an agent.
 podman_hook() {
     local out
-    mkdir -p /etc/containers/oci/hooks.d
-    cat >/etc/containers/oci/hooks.d/kube-lxcfs.json <<'HOOK'
+    mkdir -p /usr/share/containers/oci/hooks.d
+    cat >/usr/share/containers/oci/hooks.d/kube-lxcfs.json <<'HOOK'
 {"version": "1.0.0", "stages": ["createRuntime"],
  "hook": {"path": "/usr/bin/kube-lxcfs",
           "args": ["kube-lxcfs", "hook", "--log-file", "/run/kube-lxcfs-hook.log"]},
