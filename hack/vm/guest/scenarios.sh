@@ -74,13 +74,26 @@ go() {
     wait_for 120 readers_have .started
 }
 
-# stop: sets own, node and errors to the sums of the readers.
+# stop: sets own, node and errors to the sums of the readers, and reads to these in words, with the
+# time of the last one since `began`.
 stop() {
     local name
     for name in "${readers[@]}"; do touch "/run/readers/$name.stop"; done
     wait_for 120 readers_have '' || return
-    read -r own node errors < <(cat /run/readers/reader-? |
-        awk '{ own += $1; node += $2; errors += $3 } END { print own, node, errors }')
+    read -r own node errors reads < <(cat /run/readers/reader-? | awk -v began="$began" '
+        function until(count, last) {
+            return count " " (count ? sprintf("(until %.1f s)", (last - began) / 1e9) : "")
+        }
+        {
+            own += $1; node += $2; errors += $3
+            if ($4 > last_error) last_error = $4
+            if ($5 > last_node) last_node = $5
+        }
+        END {
+            print own, node, errors, own " own, of the node " until(node, last_node) \
+                ", errors " until(errors, last_error)
+        }')
+    reads=${reads// ,/,}
 }
 
 # all_current: every view file of the readers comes from the serving lxcfs.
@@ -102,11 +115,12 @@ another_lxcfs() {
 # while_reading COMMAND...: runs COMMAND while the readers read, and then reads once more.
 while_reading() {
     go || return
+    began=$(date +%s%N)
     "$@" || { stop; return 1; }
     # Reads after the change count too.
     sleep 2
     stop || return
-    seen="reads: $own own, $node of the node, $errors errors"
+    seen="reads: $reads"
     local result=("$own" "$node" "$errors")
     go && sleep 1 && stop || return
     is "reads of the node afterwards" 0 "$node" && is "errors afterwards" 0 "$errors" || return
@@ -249,10 +263,10 @@ agent_is_killed() {
 }
 # first_reads_after: NRI is connected again.
 first_reads_after() {
-    local reads=$seen
+    local before=$seen
     sleep 5
     first_read_is_own || return
-    seen="$reads; first reads: $seen"
+    seen="$before; first reads: $seen"
 }
 
 restart_containerd() { systemctl restart containerd && wait_for 120 pod ready; }
@@ -384,13 +398,17 @@ compare_first_read() {
     wait_for 60 test -s /run/first/kind || return
     first=$(awk '{ print $2 }' /run/first/kind)
     is "MemTotal at the first read" "$expected" "$first" || return
+    # shellcheck disable=SC2016 # for awk in the container
+    is "the node's id of user 0" "$root_id" "$(in_pod kind awk '{ print $2 }' /proc/self/uid_map)" ||
+        return
     seen="$(view_count kind current) view files, MemTotal $first KiB"
 }
 own_kib=$((50 << 10))
+root_id=0
 read_only_root() { first_read_of $own_kib --read-only-root true; }
 proc_mount_unmasked() { first_read_of $own_kib --proc-mount Unmasked; }
 privileged() { first_read_of $own_kib --privileged true; }
-user_namespace() { first_read_of $own_kib --network pod --users pod; }
+user_namespace() { local root_id=1048576 && first_read_of $own_kib --network pod --users pod; }
 # lxcfs shows the cgroup of the first process of the reader's pid namespace. In its own pid
 # namespace, it shows that of the reader.
 host_pid() { first_read_of $own_kib --pid node; }
@@ -491,9 +509,10 @@ old_kernel_is_refused() {
 uninstall_leaves_nothing() {
     systemctl stop kube-lxcfs-agent || return
     go || return
+    began=$(date +%s%N)
     systemctl stop kube-lxcfs-lxcfs || return
     stop || return
-    seen="reads: $own own, $node of the node, $errors errors"
+    seen="reads: $reads"
     is errors 0 "$errors" || return
     nothing_is_left
 }
