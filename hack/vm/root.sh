@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the root file system of virtual machines, once, and prints its path: an ext4 image of a
-# Debian release with systemd, AppArmor, containerd, podman, runc, crun, gVisor and lxcfs. Its only own unit runs
-# the payload, see boot.sh.
+# Debian release with systemd, AppArmor, containerd, podman, runc, crun, gVisor and lxcfs. A unit
+# runs the payload, see boot.sh.
 #   hack/vm/root.sh RELEASE
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"

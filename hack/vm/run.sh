@@ -62,7 +62,10 @@ row() {
         $2 == "versions" { versions = $4 }
         $3 == "passed" { passed++; next }
         { others = others (others == "" ? "" : ". ") "`" $2 "`: " $4 }
-        END { print "| " cell " | " versions " | " date " | " passed + 0 " of " all " | " others " |" }
+        END {
+            counts = passed + 0 " of " all
+            print "| " cell " | " versions " | " date " | " counts " | " others " |"
+        }
     ' "$table"
 }
 

@@ -386,7 +386,7 @@ first_read_of() {
     return $status
 }
 compare_first_read() {
-    local first expected=$1
+    local first user expected=$1
     shift
     mkdir -p /run/first
     # A user namespace has other users.
@@ -398,9 +398,8 @@ compare_first_read() {
     wait_for 60 test -s /run/first/kind || return
     first=$(awk '{ print $2 }' /run/first/kind)
     is "MemTotal at the first read" "$expected" "$first" || return
-    # shellcheck disable=SC2016 # for awk in the container
-    is "the node's id of user 0" "$root_id" "$(in_pod kind awk '{ print $2 }' /proc/self/uid_map)" ||
-        return
+    user=$(in_pod kind cat /proc/self/uid_map | awk '{ print $2 }')
+    is "the node's id of user 0" "$root_id" "$user" || return
     seen="$(view_count kind current) view files, MemTotal $first KiB"
 }
 own_kib=$((50 << 10))
@@ -419,7 +418,7 @@ shared_process_namespace() {
 
 # A container with a kernel of its own is left alone, and the agent says so.
 gvisor() {
-    local mounts
+    local mounts views
     mounts=$(cut -d' ' -f5- /proc/self/mountinfo | grep fuse)
     run_pod gvisor --handler runsc --network pod "$opt_in" || return
     seen=$(in_pod gvisor dmesg | head -n 1)
@@ -427,8 +426,9 @@ gvisor() {
     has_no_view gvisor || return
     is "mounts of the node" "$mounts" "$(cut -d' ' -f5- /proc/self/mountinfo | grep fuse)" ||
         return
-    is "lxcfs mounts of gVisor's processes" 0 "$(pgrep runsc |
-        sed 's|.*|/proc/&/mountinfo|' | xargs cat 2>/dev/null | grep -c 'noatime.*fuse.lxcfs')" || return
+    views=$(pgrep runsc | sed 's|.*|/proc/&/mountinfo|' | xargs cat 2>/dev/null |
+        grep -c 'noatime.*fuse.lxcfs')
+    is "view files of gVisor's processes" 0 "$views" || return
     remove_pod gvisor
 }
 agent_logged() { journalctl --no-pager -o cat -u kube-lxcfs-agent | grep -q "$1"; }
