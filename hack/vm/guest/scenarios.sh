@@ -155,11 +155,12 @@ supervisor_keeps_cgroup_options() {
     [ "$(lxcfs_major)" -lt 7 ] && known="lxcfs 6.0.4 changes them ($seen)"
 }
 
-# A container without a view, before the agent runs.
+# A container without a view, before the agent runs. AppArmor confines it.
 opted_out_pod_starts() {
     run_pod opted-out --memory 64 || return
     opted_out_table=$(mount_table opted-out)
-    [ -n "$opted_out_table" ]
+    seen=$(in_pod opted-out cat /proc/1/attr/current)
+    [ -n "$opted_out_table" ] && [ "$seen" = "cri-containerd.apparmor.d (enforce)" ]
 }
 
 agent_is_ready() { start_agent; }
