@@ -461,6 +461,14 @@ host_managed_lxcfs_serves() {
     seen=$(systemctl show -P ExecStart lxcfs | sed -n 's/.*argv\[\]=\([^;]*\) ;.*/\1/p')
 }
 
+# The package's unit lacks a flag.
+cpus_are_quota_without_cfs() {
+    run_pod half --cpu 50 "$opt_in" && wait_for 60 has_view half || return
+    seen=$(cpus half)
+    [ "$seen" = "1 0 1" ] ||
+        known="without --enable-cfs, cpuinfo, online and stat show the node's CPUs: $seen"
+}
+
 # Without the drop-in, readers have errors until the agent has removed the views.
 host_managed_lxcfs_is_restarted() {
     while_reading restart_host_lxcfs
@@ -550,7 +558,7 @@ declare -A sets=(
     [refusal]='versions opted_out_pod_starts old_kernel_is_refused opted_out_table_is_identical
         apparmor_denies_nothing'
     [host]='versions host_managed_lxcfs_serves opted_out_pod_starts agent_is_ready check_command
-        first_read_is_own cpus_are_quota readers_have_views host_managed_lxcfs_is_restarted
+        first_read_is_own cpus_are_quota_without_cfs readers_have_views host_managed_lxcfs_is_restarted
         host_managed_lxcfs_is_killed drop_in_restarts_without_errors cpus_are_quota
         host_managed_uninstall_leaves_nothing apparmor_denies_nothing'
 )
