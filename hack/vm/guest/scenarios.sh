@@ -558,8 +558,9 @@ declare -A sets=(
     [refusal]='versions opted_out_pod_starts old_kernel_is_refused opted_out_table_is_identical
         apparmor_denies_nothing'
     [host]='versions host_managed_lxcfs_serves opted_out_pod_starts agent_is_ready check_command
-        first_read_is_own cpus_are_quota_without_cfs readers_have_views host_managed_lxcfs_is_restarted
-        host_managed_lxcfs_is_killed drop_in_restarts_without_errors cpus_are_quota
+        first_read_is_own cpus_are_quota_without_cfs readers_have_views
+        host_managed_lxcfs_is_restarted host_managed_lxcfs_is_killed
+        drop_in_restarts_without_errors cpus_are_quota
         host_managed_uninstall_leaves_nothing apparmor_denies_nothing'
 )
 [ "$cell_sets" != all ] || cell_sets='begin values kinds failures end'
