@@ -13,6 +13,9 @@ limit=${VM_TIMEOUT:-45m}
 root=$("$(dirname "$0")/root.sh" "$1")
 kernel=$("$(dirname "$0")/kernel.sh" "$2")
 
+# One machine at a time: the console's log is shared, and so are this machine's CPUs.
+exec 8>"$vm/boot.lock"
+flock 8
 make_work_dir vm-run
 image "$payload" "$work/payload.ext4" $(($(du -sm "$payload" | cut -f1) * 5 / 4 + 16)) payload
 touch "$work/output"
@@ -24,7 +27,7 @@ TMPDIR=$work timeout "$limit" nice -n 10 qemu-system-x86_64 -accel tcg,thread=mu
     -drive "file=$root,if=virtio,format=raw,snapshot=on" \
     -drive "file=$kernel/modules.ext4,if=virtio,format=raw,snapshot=on" \
     -drive "file=$work/payload.ext4,if=virtio,format=raw,snapshot=on" \
-    -serial "file:$vm/console.log" -serial "file:$work/output" &
+    -serial "file:$vm/console.log" -serial "file:$work/output" 8>&- &
 machine=$!
 trap 'kill $machine 2>/dev/null || true; rm -rf "$work"' EXIT
 # The output as it comes, without the carriage returns of the serial port.

@@ -13,7 +13,7 @@ cells="
 kernel-6.12     trixie    trixie      sid       runc    all
 kernel-6.1      trixie    bookworm    sid       runc    all
 sid             sid       sid         sid       runc    all
-lxcfs-6         trixie    trixie      trixie    runc    begin values end
+lxcfs-6         trixie    trixie      trixie    runc    begin values kinds end
 crun            trixie    trixie      sid       crun    begin values kinds end
 lxcfs.service   trixie    trixie      sid       runc    host
 kernel-5.10     trixie    bullseye    sid       runc    refusal

@@ -28,7 +28,8 @@ scenario() {
     elif [ -n "$known" ]; then
         verdict=known
     fi
-    printf 'result\t%s\t%s\t%s\n' "$1" "$verdict" "${known:-$seen}"
+    seen=${known:-$seen}
+    printf 'result\t%s\t%s\t%s\n' "$1" "$verdict" "${seen//[$'\n\t']/ }"
 }
 
 # is WHAT EXPECTED OBSERVED
@@ -371,6 +372,21 @@ pressure_is_cgroups() {
         fi
     done
 }
+# diskstats are those of the cgroup's io.stat.
+diskstats_are_cgroups() {
+    local cgroup value own node
+    cgroup=/sys/fs/cgroup$(cut -d: -f3 "/proc/$(pid_of half)/cgroup")
+    value=$(in_pod half cat /proc/diskstats | sectors)
+    own=$(sed -n "s/^$(cat /sys/block/vda/dev) rbytes=\\([0-9]*\\).*/\\1/p" "$cgroup/io.stat")
+    own=$((${own:-0} / 512))
+    node=$(sectors </proc/diskstats)
+    seen="sectors read: $value, of the cgroup $own, of the node $node"
+    [ "$value" != "$own" ] || return 0
+    [ "$value" -gt "$own" ] && [ "$value" -le "$node" ] &&
+        known="lxcfs serves the node's values on version 2 ($seen)"
+}
+# sectors: those read of the disk, in diskstats.
+sectors() { awk '$3 == "vda" { print $6 }'; }
 # total [FILE]: of the line `some` of a pressure file.
 total() { sed -n 's/^some .*total=//p' "$@"; }
 pid_of() {
@@ -548,7 +564,7 @@ declare -A sets=(
     [begin]='versions supervisor_keeps_cgroup_options opted_out_pod_starts agent_is_ready
         check_command first_read_is_own'
     [values]='memory_is_lowest_limit cpus_are_quota cpus_are_parents_quota uptime_is_age_of_init
-        pressure_is_cgroups'
+        pressure_is_cgroups diskstats_are_cgroups'
     [kinds]='read_only_root proc_mount_unmasked privileged user_namespace host_pid
         shared_process_namespace gvisor podman_hook'
     [failures]='readers_have_views opted_out_table_is_identical opt_out_and_in
