@@ -56,15 +56,17 @@ run_cell() {
 
 # row CELL: its row of docs/compatibility.md.
 row() {
-    awk -F '\t' -v cell="$1" -v date="$(date -u +%F)" '
+    local sets
+    sets=$(awk -v name="$1" '$1 == name { $1 = $2 = $3 = $4 = $5 = ""; print }' <<<"$cells" | xargs)
+    awk -F '\t' -v cell="$1" -v date="$(date -u +%F)" -v sets="$sets" '
         $1 != cell { next }
         { all++ }
         $2 == "versions" { versions = $4 }
         $3 == "passed" { passed++; next }
-        { others = others (others == "" ? "" : ". ") "`" $2 "`: " $4 }
+        { others = others (others == "" ? "" : ". ") $3 ": `" $2 "`" ($4 ? ", " $4 : "") }
         END {
             counts = passed + 0 " of " all
-            print "| " cell " | " versions " | " date " | " counts " | " others " |"
+            print "| " cell " | " versions " | " date " | " sets " | " counts " | " others " |"
         }
     ' "$table"
 }
