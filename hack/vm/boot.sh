@@ -19,7 +19,7 @@ flock 8
 make_work_dir vm-run
 image "$payload" "$work/payload.ext4" $(($(du -sm "$payload" | cut -f1) * 5 / 4 + 16)) payload
 
-# boot: prints the output of the payload as it comes, without the carriage returns of the serial port.
+# boot: prints the payload's output as it comes, without the carriage returns of the serial port.
 boot() {
     local printer status=0
     : >"$work/output"

@@ -17,7 +17,7 @@ lxcfs-6         trixie    trixie      trixie    runc    begin values kinds end
 crun            trixie    trixie      sid       crun    begin values kinds end
 lxcfs.service   trixie    trixie      sid       runc    host
 gvisor          trixie    trixie      sid       runc    begin gvisor end
-kernel-5.10     trixie    bullseye    sid       runc    refusal
+kernel-5.10     trixie    bullseye    sid       runc    all
 "
 
 names() { awk 'NF { print $1 }' <<<"$cells"; }

@@ -513,23 +513,6 @@ host_managed_uninstall_leaves_nothing() {
     nothing_is_left
 }
 
-# --- kernels without mount_setattr(2) -----------------------------------------------------------
-
-# Agent and supervisor refuse to run, with one line, and mount nothing.
-old_kernel_is_refused() {
-    local command out status mounts
-    mounts=$(cut -d' ' -f5- /proc/self/mountinfo)
-    for command in lxcfs 'agent --pods-from cri --listen 127.0.0.1:9808'; do
-        status=0
-        # shellcheck disable=SC2086 # splits into words
-        out=$(timeout 60 kube-lxcfs $command 2>&1) || status=$?
-        note "$out"
-        is "exit status of $command" 1 $status && is lines 1 "$(grep -c ^ <<<"$out")" || return
-        seen=$out
-    done
-    is mounts "$mounts" "$(cut -d' ' -f5- /proc/self/mountinfo)"
-}
-
 # --- the end ------------------------------------------------------------------------------------
 
 uninstall_leaves_nothing() {
@@ -574,8 +557,6 @@ declare -A sets=(
         running_agent_removes_undesired_view lxcfs_is_killed lxcfs_is_terminated lxcfs_is_stopped
         supervisor_is_killed supervisor_is_restarted agent_is_killed containerd_is_restarted'
     [end]='uninstall_leaves_nothing apparmor_denies_nothing'
-    [refusal]='versions opted_out_pod_starts old_kernel_is_refused opted_out_table_is_identical
-        apparmor_denies_nothing'
     [host]='versions host_managed_lxcfs_serves opted_out_pod_starts agent_is_ready check_command
         first_read_is_own cpus_are_quota_without_cfs readers_have_views
         host_managed_lxcfs_is_restarted host_managed_lxcfs_is_killed
