@@ -81,11 +81,15 @@ where
     });
     let large: Vec<Vec<Done<T>>> = large.buffer_unordered(LARGE_CONCURRENCY).collect().await;
     done.extend(large.into_iter().flatten());
-    let too_large: Vec<&mount::Error> =
-        done.iter().filter_map(|(_, done)| done.as_ref().err().filter(|e| e.is_large())).collect();
-    if let [first, ..] = too_large[..] {
+    let large_error = |(process, done): &'_ Done<T>| {
+        let error = done.as_ref().err().filter(|e| e.is_large())?;
+        Some((process.pid(), error.to_string()))
+    };
+    let too_large: Vec<(i32, String)> = done.iter().filter_map(large_error).collect();
+    if let [(pid, cause), ..] = &too_large[..] {
         let namespaces = too_large.len();
-        tracing::warn!(cause = %first, namespaces, "namespaces skipped");
+        let container = cgroup::container_of_process(*pid).map(tracing::field::display);
+        tracing::warn!(cause, pid, container, namespaces, "namespaces skipped");
     }
     done
 }
@@ -132,7 +136,9 @@ pub async fn views(workers: &Workers) -> io::Result<Vec<ViewedNamespace>> {
         Ok(_) => None,
         Err(e) => {
             if !e.is_no_target() && !e.is_large() {
-                tracing::warn!(cause = %e, "namespace skipped");
+                let pid = process.pid();
+                let container = cgroup::container_of_process(pid).map(tracing::field::display);
+                tracing::warn!(cause = %e, pid, container, "namespace skipped");
             }
             None
         }
@@ -184,14 +190,16 @@ async fn pass(workers: &Workers, processes: Vec<Arc<Process>>, task: &Task) -> P
         done.unwrap_or_else(|timeout| Err(timeout.error.into()))
     };
     let mut summary = PassSummary::default();
-    for (_, reconciled) in for_each(processes, reconcile).await {
+    for (process, reconciled) in for_each(processes, reconcile).await {
         let changed = match reconciled {
             Ok(outcome) => outcome.done.len(),
             Err(e) if e.is_no_target() => 0,
             Err(e) => {
                 summary.failed += 1;
                 if !e.is_large() {
-                    tracing::warn!(cause = %e, "failed to change a container");
+                    let pid = process.pid();
+                    let container = cgroup::container_of_process(pid).map(tracing::field::display);
+                    tracing::warn!(cause = %e, pid, container, "failed to change a container");
                 }
                 e.into_outcome().done.len()
             }

@@ -110,13 +110,22 @@ impl fmt::Display for UnusableBase {
     }
 }
 
+/// A mount and its file system. The kernel reuses the ids of mounts: the device shows that the file
+/// system is the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MountIdentity {
+    pub id: MountId,
+    pub dev: Dev,
+}
+
 /// The mounts of a container that the plan depends on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ObservedMounts {
-    /// The reachable mounts on each view file's path, bottom first.
+    /// The reachable mounts on each view file's path, bottom first. If a mount covers a directory
+    /// above the file, only that mount, as an unrelated one.
     pub layers: BTreeMap<ViewFile, Vec<Layer>>,
     /// The topmost mounts at `/proc` and `/sys`.
-    pub bases: BTreeMap<BaseFs, MountId>,
+    pub bases: BTreeMap<BaseFs, MountIdentity>,
     /// The bases that cannot hold a view file.
     pub unusable: BTreeMap<BaseFs, UnusableBase>,
 }

@@ -6,8 +6,10 @@
 //! between, it plans again.
 //!
 //! Nothing in the container is trusted. Paths are opened without following links and without
-//! crossing a mount. `/proc` and `/sys` are checked on the open descriptor, which is held from the
-//! plan to the last step: the mount that the plan names is the one that is mounted on. Whether it
+//! crossing a mount; only the last component of a view file's path leads into the mount on it. So
+//! no file system of the container gets a request, which it might never answer. `/proc` and `/sys`
+//! are checked on the open descriptor, which is held from the plan to the last step: the mount that
+//! the plan names is the one that is mounted on. Whether it
 //! would propagate to the host is checked again in the entry that mounts. A mount is detached by a
 //! descriptor whose mount id equals the planned one. A managed mount that the kernel does not
 //! detach, because it is locked in a nested user namespace, is covered.
@@ -30,7 +32,7 @@ use super::{
 };
 use crate::{
     model::view::{BaseFs, ViewFile},
-    plan::{CoverFile, ObservedMounts, Plan, SkipReason, Step},
+    plan::{CoverFile, MountIdentity, ObservedMounts, Plan, SkipReason, Step},
     sys::{
         Ownership,
         mountinfo::{Dev, MountId, MountTable, ReadError},
@@ -246,13 +248,12 @@ impl<'a> EnteredNs<'a> {
     /// check and the open are of the same mount, even if the container mounts in between.
     pub(super) fn probe(&self, file: ViewFile, dev: Dev) -> Liveness {
         let Ok(base) = self.open_base(file.base()) else { return Liveness::Unknown };
-        let Ok(top) = open(&base, file.path_in_base(), ResolveFlags::empty()) else {
+        // A request to another file system hangs this process at worst, which is the probe's own.
+        if check_fstype(&base, file.base()).is_err() {
             return Liveness::Unknown;
-        };
-        let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-        let is_dev = rustix::fs::statx(&top, "", flags, StatxFlags::TYPE)
-            .is_ok_and(|stat| (stat.stx_dev_major, stat.stx_dev_minor) == (dev.major, dev.minor));
-        if !is_dev {
+        }
+        let Ok(top) = open_view(&base, file) else { return Liveness::Unknown };
+        if !mount_of(&top).is_ok_and(|mount| mount.dev == dev) {
             return Liveness::Unknown;
         }
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
@@ -269,10 +270,10 @@ impl<'a> EnteredNs<'a> {
     /// Opens the bases of the steps, each if it is the mount of the observation.
     fn hold_bases(&self, observed: &ObservedMounts, steps: &[Step]) -> Bases {
         let needed = |base: BaseFs| steps.iter().any(|step| step.file().base() == base);
-        let open = |(base, id): (&BaseFs, &MountId)| {
+        let open = |(base, mount): (&BaseFs, &MountIdentity)| {
             let dir = self.open_base(*base);
-            let is_observed = dir.as_ref().map_or(true, |dir| mount_id(dir) == Ok(*id));
-            is_observed.then_some((*base, (*id, dir)))
+            let is_observed = dir.as_ref().map_or(true, |dir| mount_of(dir) == Ok(*mount));
+            is_observed.then_some((*base, (mount.id, dir)))
         };
         observed.bases.iter().filter(|(base, _)| needed(**base)).filter_map(open).collect()
     }
@@ -351,7 +352,8 @@ impl<'a> EnteredNs<'a> {
         }
     }
 
-    /// The container's `/proc` or `/sys`, checked to be procfs or sysfs.
+    /// Opens what is mounted at the container's `/proc` or `/sys`. Sends it no request, as it may
+    /// be any file system: the caller compares it with the observation.
     fn open_base(&self, base: BaseFs) -> io::Result<OwnedFd> {
         let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -362,9 +364,7 @@ impl<'a> EnteredNs<'a> {
             Mode::empty(),
             resolve,
         )?;
-        let dir = open(&root, base.path(), ResolveFlags::empty())?;
-        check_fstype(&dir, base)?;
-        Ok(dir)
+        Ok(open(&root, base.path(), ResolveFlags::empty())?)
     }
 }
 
@@ -410,13 +410,30 @@ fn remove(base: &OwnedFd, file: ViewFile, mount: MountId) -> Result<(), StepFail
 /// Opens the mount on a view file's path, if it is the one with this id. Sends its file system no
 /// request.
 fn open_mount(base: &OwnedFd, file: ViewFile, mount: MountId) -> Result<OwnedFd, StepFailure> {
-    let top = open(base, file.path_in_base(), ResolveFlags::empty())?;
-    if mount_id(&top)? == mount { Ok(top) } else { Err(StepFailure::Changed) }
+    let top = open_view(base, file).map_err(|e| match e {
+        // A directory above the file was covered in between.
+        Errno::XDEV => StepFailure::Changed,
+        e => e.into(),
+    })?;
+    if mount_of(&top)?.id == mount { Ok(top) } else { Err(StepFailure::Changed) }
 }
 
-fn mount_id(file: &OwnedFd) -> Result<MountId, Errno> {
+/// Opens what is mounted on a view file's path. A mount on a directory above the file is not
+/// crossed (EXDEV): the lookup of the next component would be a request to its file system.
+fn open_view(base: &OwnedFd, file: ViewFile) -> Result<OwnedFd, Errno> {
+    let Some((directory, name)) = file.path_in_base().rsplit_once('/') else {
+        return open(base, file.path_in_base(), ResolveFlags::empty());
+    };
+    let directory = open(base, directory, ResolveFlags::NO_XDEV)?;
+    open(&directory, name, ResolveFlags::empty())
+}
+
+/// The mount and the device of an open file. Sends its file system no request.
+fn mount_of(file: &OwnedFd) -> Result<MountIdentity, Errno> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-    rustix::fs::statx(file, "", flags, StatxFlags::MNT_ID).map(|found| MountId(found.stx_mnt_id))
+    let found = rustix::fs::statx(file, "", flags, StatxFlags::MNT_ID)?;
+    let dev = Dev { major: found.stx_dev_major, minor: found.stx_dev_minor };
+    Ok(MountIdentity { id: MountId(found.stx_mnt_id), dev })
 }
 
 /// Detaches the mount whose root is open as `view`. By descriptor, because a path could have come

@@ -3,7 +3,7 @@
 
 use crate::{
     model::view::{BaseFs, ViewFile},
-    plan::{Layer, LayerKind, ObservedMounts, UnusableBase},
+    plan::{Layer, LayerKind, MountIdentity, ObservedMounts, UnusableBase},
     sys::mountinfo::{Mount, MountTable},
 };
 
@@ -38,13 +38,17 @@ pub fn observe(
             observed.unusable.insert(base, UnusableBase::Fstype(found));
             continue;
         }
-        observed.bases.insert(base, top.id);
+        observed.bases.insert(base, MountIdentity { id: top.id, dev: top.dev });
         if top.shared.is_some_and(&is_host_peer_group) {
             observed.unusable.insert(base, UnusableBase::SharedWithHost);
         }
         for file in ViewFile::ALL.into_iter().filter(|f| f.base() == base) {
             let point = [prefix, b"/", file.path().as_bytes()].concat();
-            if let Some(lowest) = table.child(top, &point) {
+            if let Some(cover) = directory_cover(table, top, &point) {
+                // The path leads into that mount, whose file system may never answer.
+                let kind = LayerKind::Unrelated;
+                observed.layers.insert(file, vec![Layer { id: cover.id, kind, locked: false }]);
+            } else if let Some(lowest) = table.child(top, &point) {
                 let mut layers = vec![layer(lowest, file)];
                 layers.extend(table.stack(lowest).iter().map(|m| layer(m, file)));
                 observed.layers.insert(file, layers);
@@ -52,6 +56,18 @@ pub fn observe(
         }
     }
     observed
+}
+
+/// The mount on a directory between `base` and the path `point` below it, if any. The mounts at
+/// `point` itself stay in the table, but no path reaches them.
+fn directory_cover<'t>(
+    table: &'t MountTable<'t>,
+    base: &Mount<'t>,
+    point: &[u8],
+) -> Option<&'t Mount<'t>> {
+    let below_base = base.point.len() + 1..point.len();
+    let mut directories = below_base.filter(|n| point[*n] == b'/').map(|n| &point[..n]);
+    directories.find_map(|directory| table.child(base, directory))
 }
 
 fn layer(mount: &Mount<'_>, file: ViewFile) -> Layer {
@@ -138,8 +154,9 @@ mod tests {
         assert_eq!(observed.layers[&ViewFile::Cpu], [layer(706, LayerKind::Managed(LXCFS))]);
         assert_eq!(observed.layers.len(), 4);
         assert!(observed.unusable.is_empty());
-        assert_eq!(observed.bases[&BaseFs::Procfs], MountId(701));
-        assert_eq!(observed.bases[&BaseFs::Sysfs], MountId(702));
+        let base = |id, minor| MountIdentity { id: MountId(id), dev: Dev { major: 0, minor } };
+        assert_eq!(observed.bases[&BaseFs::Procfs], base(701, 51));
+        assert_eq!(observed.bases[&BaseFs::Sysfs], base(702, 52));
     }
 
     #[test]
@@ -183,6 +200,29 @@ mod tests {
             observed(&(CONTAINER.to_owned() + "711 701 0:60 / /proc rw - tmpfs none rw\n"));
         assert_eq!(observed.unusable[&BaseFs::Procfs], UnusableBase::Fstype("tmpfs".into()));
         assert_eq!(observed.layers.keys().copied().collect::<Vec<_>>(), [ViewFile::Cpu]);
+    }
+
+    #[test]
+    fn covered_directory_hides_the_view_below_it() {
+        for (point, file) in [
+            ("/sys/devices", ViewFile::Cpu),
+            ("/sys/devices/system", ViewFile::Cpu),
+            ("/proc/pressure", ViewFile::PressureCpu),
+        ] {
+            let parent = if file == ViewFile::Cpu { 702 } else { 701 };
+            // With the root and the options of a view, too.
+            let cover = format!(
+                "711 {parent} 0:60 /{} {point} ro,nosuid,nodev,noexec,noatime - \
+                 fuse.lxcfs lxcfs rw\n",
+                file.path()
+            );
+            let observed = observed(&(CONTAINER.to_owned() + &cover));
+            assert_eq!(observed.layers[&file], [layer(711, LayerKind::Unrelated)], "{point}");
+            assert!(observed.views().all(|(view, _)| view != file), "{point}");
+            assert_eq!(observed.layers[&ViewFile::Meminfo].len(), 1);
+        }
+        let beside = "711 702 0:60 / /sys/dev rw - tmpfs none rw\n";
+        assert_eq!(observed(&(CONTAINER.to_owned() + beside)), observed(CONTAINER));
     }
 
     #[test]

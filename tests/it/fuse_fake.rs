@@ -1,11 +1,11 @@
 //! A FUSE file system of the type `fuse.lxcfs` that is no lxcfs. The tests compile it; see
 //! hostile_lxcfs.rs.
 //!
-//!     fuse_fake hang|ENOTCONN DEVICE DIR SCRIPT
+//!     fuse_fake hang|hang-lookup|ENOTCONN DEVICE DIR SCRIPT
 //!
 //! It mounts itself by the FUSE device DEVICE at DIR, runs SCRIPT with sh, and then writes `ready`
 //! to standard output. It has every directory and file that is looked up. An open of a file gets no
-//! reply, or is refused.
+//! reply, or is refused. With `hang-lookup`, a lookup gets no reply.
 
 use std::{
     fs::{File, OpenOptions},
@@ -30,7 +30,7 @@ const DIRECTORY: u64 = 3;
 fn main() {
     let args: Vec<String> = std::env::args().collect();
     let [_, mode, device, dir, script] = args.as_slice() else {
-        panic!("fuse_fake hang|ENOTCONN DEVICE DIR SCRIPT")
+        panic!("fuse_fake hang|hang-lookup|ENOTCONN DEVICE DIR SCRIPT")
     };
     let fuse = OpenOptions::new().read(true).write(true).open(device).expect("the device");
     let stdin = fuse.try_clone().expect("a descriptor");
@@ -43,10 +43,10 @@ fn main() {
         assert!(Command::new("sh").args(["-ec", &script]).status().expect("sh").success());
         println!("ready");
     });
-    serve(fuse, mode == "hang");
+    serve(fuse, mode);
 }
 
-fn serve(mut fuse: File, hang: bool) {
+fn serve(mut fuse: File, mode: &str) {
     let mut request = vec![0; 1 << 20];
     loop {
         let Ok(length) = fuse.read(&mut request) else { continue };
@@ -56,12 +56,13 @@ fn serve(mut fuse: File, hang: bool) {
         let answer = match opcode {
             FORGET | BATCH_FORGET | INTERRUPT => continue,
             INIT => Ok(init()),
+            LOOKUP if mode == "hang-lookup" => continue,
             LOOKUP => {
                 let name = &request[40..length - 1];
                 Ok(entry(if name == b"proc" { DIRECTORY } else { FILE }))
             }
             GETATTR => Ok([&3600u64.to_ne_bytes()[..], &[0; 8], &attributes(node)].concat()),
-            OPEN | OPENDIR if hang => continue,
+            OPEN | OPENDIR if mode == "hang" => continue,
             OPEN | OPENDIR => Err(ENOTCONN),
             _ => Err(ENOSYS),
         };

@@ -89,6 +89,47 @@ fn hanging_fake_lxcfs_stops_neither_status_nor_agent() {
     });
 }
 
+/// The kernel waits for the reply to a lookup for ever, and then no signal ends the thread.
+#[test]
+fn hanging_mount_above_a_view_stops_neither_umount_nor_sweep() {
+    isolated(|| {
+        let mut supervised = Supervised::start(&[]);
+        let (hostile, other) = (Bare::start(), Bare::start());
+        let path = supervised.path().to_owned();
+        let path = path.as_str();
+        let of = |bare: &Bare| bare.pid.to_string();
+        for bare in [&hostile, &other] {
+            succeeds(&["mount", "--pid", &of(bare), "--files", "cpu,stat", "--lxcfs-path", path]);
+        }
+        let fake = compiled("fuse_fake");
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().to_str().unwrap();
+        let mut command = program("nsenter");
+        command.args(["--target", &of(&hostile), "--mount", "--pid"]).arg(fake);
+        command.args(["hang-lookup", "/dev/fuse", at]);
+        command.arg(format!("mount --bind {at} /sys/devices"));
+        let fake = Running::start(&mut command, &dir.path().join("fake.log"));
+        eventually_true("the fake is ready", || fake.log().contains("ready"));
+        let ended = |args: &[&str]| {
+            let log = dir.path().join("umount.log");
+            let mut umount = Running::start(kube_lxcfs().args(args), &log);
+            eventually_true("umount ends", || !umount.is_running());
+        };
+        ended(&["umount", "--pid", &of(&hostile)]);
+        let left = || views(&hostile.mountinfo());
+        assert_eq!(left(), ["/sys/devices/system/cpu"]);
+        succeeds(&["mount", "--pid", &of(&hostile), "--lxcfs-path", path, "--files", "stat,cpu"]);
+        assert_eq!(left().len(), 2);
+
+        let supervisor = &mut supervised.supervisor;
+        supervisor.signal(Signal::SIGTERM);
+        eventually_true("the supervisor ends", || !supervisor.is_running());
+        assert!(views(&other.mountinfo()).is_empty(), "{}", supervisor.log());
+        assert_eq!(left(), ["/sys/devices/system/cpu"]);
+        ended(&["umount", "--all"]);
+    });
+}
+
 /// A device of another name is not found, so its files are opened: in a process of their own.
 #[test]
 fn hanging_fake_of_a_hidden_device_costs_one_process() {
