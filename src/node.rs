@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::{
     lxcfs,
     model::{container_id::ContainerId, pod::Pod, view::ViewFile},
-    mount::{self, Liveness, LxcfsFiles, Prober, TableLimit, Task, Workers},
+    mount::{self, Candidate, Liveness, LxcfsFiles, Owner, TableLimit, Task, Workers},
     plan::{DesiredView, ObservedMounts},
     runtime::cgroup,
     sys::{
@@ -162,7 +162,8 @@ pub struct PassSummary {
     pub containers: usize,
     /// View files that were changed.
     pub files: usize,
-    /// Mount namespaces that were skipped, or in which a step failed.
+    /// Mount namespaces that were skipped, or in which a step failed, or with a view whose lxcfs is
+    /// in an unknown state.
     pub failed: usize,
 }
 
@@ -232,25 +233,58 @@ pub async fn sweep(workers: &Workers, exited: HashSet<Dev>) -> io::Result<PassSu
 
 /// Sweeps every lxcfs that has exited, by its device in containers that have a view of it, and
 /// `hung`. Another lxcfs that hangs is left alone: on a node within a node it belongs to another
-/// supervisor.
+/// supervisor. A namespace with a view whose lxcfs may have exited counts as failed.
 ///
 /// # Errors
 /// Fails if `/proc` cannot be listed.
 pub async fn sweep_dead(workers: &Workers, hung: Option<Dev>) -> io::Result<PassSummary> {
-    let mut known: HashMap<Dev, Liveness> =
-        hung.into_iter().map(|dev| (dev, Liveness::Disconnected)).collect();
     let viewed = views(workers).await?;
-    let prober = Prober::new(workers).await;
+    let mut states = mount::liveness(workers, candidates(&viewed, |dev| hung == Some(dev))).await;
+    states.extend(hung.map(|dev| (dev, Liveness::Disconnected)));
+    let unknown = PassSummary { failed: log_unknown(&viewed, &states), ..PassSummary::default() };
+    let exited = states.into_iter().filter(|(_, liveness)| *liveness == Liveness::Disconnected);
+    let exited: HashSet<Dev> = exited.map(|(dev, _)| dev).collect();
+    let swept =
+        if exited.is_empty() { PassSummary::default() } else { sweep(workers, exited).await? };
+    Ok(swept.and(unknown))
+}
+
+/// Logs one namespace of each container that has a view whose lxcfs is in an unknown state. Returns
+/// how many namespaces have one.
+fn log_unknown(viewed: &[ViewedNamespace], states: &HashMap<Dev, Liveness>) -> usize {
+    let mut logged = HashSet::new();
+    let mut count = 0;
     for ViewedNamespace { process, observed } in viewed {
-        for (file, dev) in observed.views() {
-            if known.get(&dev).is_none_or(|liveness| *liveness == Liveness::Unknown) {
-                known.insert(dev, prober.liveness(&process, file, dev).await);
-            }
+        let is_unknown = |(_, dev): &(ViewFile, Dev)| states.get(dev) == Some(&Liveness::Unknown);
+        let Some((file, dev)) = observed.views().find(is_unknown) else { continue };
+        count += 1;
+        if logged.insert(owner(process)) {
+            let pid = process.pid();
+            tracing::warn!(pid, %file, %dev, "failed to determine whether the lxcfs has exited");
         }
     }
-    let exited = known.into_iter().filter(|(_, liveness)| *liveness == Liveness::Disconnected);
-    let exited: HashSet<Dev> = exited.map(|(dev, _)| dev).collect();
-    if exited.is_empty() { Ok(PassSummary::default()) } else { sweep(workers, exited).await }
+    count
+}
+
+/// The container of a process, or the process, if it is in none.
+fn owner(process: &Process) -> Owner {
+    cgroup::container_of_process(process.pid()).ok_or(process.pid())
+}
+
+/// The view files through which lxcfs can be probed, but those of a `known` device.
+fn candidates(viewed: &[ViewedNamespace], known: impl Fn(Dev) -> bool) -> Vec<Candidate> {
+    let mut candidates = Vec::new();
+    for ViewedNamespace { process, observed } in viewed {
+        let owner = owner(process);
+        let unknown = observed.views().filter(|(_, dev)| !known(*dev));
+        candidates.extend(unknown.map(|(file, dev)| Candidate {
+            process: process.clone(),
+            owner: owner.clone(),
+            file,
+            dev,
+        }));
+    }
+    candidates
 }
 
 /// Logs the result of a sweep. Each namespace that failed has its own line before.
@@ -259,7 +293,7 @@ pub fn log_sweep(swept: &io::Result<PassSummary>) {
         Ok(summary) => {
             let (swept_files, failed) = (summary.files, summary.failed);
             if failed > 0 {
-                tracing::warn!(swept_files, failed, %summary, "views of an exited lxcfs remain");
+                tracing::warn!(swept_files, failed, %summary, "views of an exited lxcfs may remain");
             } else if swept_files > 0 {
                 tracing::info!(swept_files, %summary, "removed views of an exited lxcfs");
             }
@@ -292,7 +326,7 @@ pub async fn remount(
 pub enum ViewState {
     /// It comes from the lxcfs that serves now.
     Current,
-    /// It comes from another lxcfs, whose process still runs.
+    /// It comes from another lxcfs, whose process still runs, or whose state is unknown.
     Stale,
     /// Its lxcfs has exited, or is the one at the lxcfs path and hangs.
     Dead,
@@ -341,25 +375,21 @@ pub async fn status(
         }
     }
     // One probe, through one file of one container, decides for all views of an lxcfs.
-    let mut states: HashMap<Dev, ViewState> = at_path.into_iter().collect();
     let viewed = views(workers).await?;
-    let prober = Prober::new(workers).await;
+    let at_path_dev = at_path.map(|(dev, _)| dev);
+    let probed = mount::liveness(workers, candidates(&viewed, |dev| at_path_dev == Some(dev)));
+    let states = probed.await.into_iter().map(|(dev, liveness)| {
+        let state = match liveness {
+            Liveness::Alive | Liveness::Unknown => ViewState::Stale,
+            Liveness::Disconnected | Liveness::Hung => ViewState::Dead,
+        };
+        (dev, state)
+    });
+    let states: HashMap<Dev, ViewState> = states.chain(at_path).collect();
     let mut all = Vec::new();
     for ViewedNamespace { process, observed } in viewed {
-        let mut files = BTreeMap::new();
-        for (file, dev) in observed.views() {
-            let state = match states.get(&dev) {
-                Some(state) => Some(*state),
-                None => match prober.liveness(&process, file, dev).await {
-                    Liveness::Alive => Some(ViewState::Stale),
-                    Liveness::Disconnected | Liveness::Hung => Some(ViewState::Dead),
-                    // The next container that has a view of it is probed.
-                    Liveness::Unknown => None,
-                },
-            };
-            states.extend(state.map(|state| (dev, state)));
-            files.insert(file, state.unwrap_or(ViewState::Stale));
-        }
+        let state = |dev| states.get(&dev).copied().unwrap_or(ViewState::Stale);
+        let files = observed.views().map(|(file, dev)| (file, state(dev))).collect();
         let pid = process.pid();
         let id = cgroup::container_of_process(pid);
         let (namespace, pod, container) = match id.as_ref().and_then(|id| names.remove(id)) {

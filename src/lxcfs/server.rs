@@ -11,7 +11,7 @@ use super::Identity;
 use crate::{
     mount::observe::LXCFS_FSTYPE,
     sys::{
-        fuse::{self, Holder},
+        fuse::{self, Holder, Search},
         mountinfo::Dev,
         process::Process,
     },
@@ -30,16 +30,34 @@ pub(super) struct ServingProcess {
     pub(super) certain: bool,
 }
 
+/// The search for a process took too long, and reached only a part of the processes.
+#[derive(Debug, thiserror::Error)]
+#[error("only a part of the processes was searched in time")]
+pub(super) struct IncompleteSearch;
+
 /// Finds the process that serves a mount: the one with its connection. On kernels that name no
 /// connection, it is an lxcfs whose arguments name the path and whose namespace has the mount; of
 /// several, the one that was started last, which serves after a hand-over. Blocks.
-pub(super) fn serving_process(identity: Identity, path: &Path) -> Option<ServingProcess> {
+///
+/// # Errors
+/// Fails if none was found and not every process was searched.
+pub(super) fn serving_process(
+    identity: Identity,
+    path: &Path,
+) -> Result<Option<ServingProcess>, IncompleteSearch> {
     let dev = identity.dev;
     let may_serve = |pid| has_mount(pid, dev) && is_lxcfs_at(pid, path);
-    let holder = choose(fuse::holders(), dev, may_serve, start_time)?;
-    let process = Process::open(i64::from(holder.pid)).ok()?;
+    let Search { mut holders, complete } = fuse::search(|_| true, |holder| holder.dev == Some(dev));
+    // Where the kernel names connections, the search did not reach the holder of this one.
+    if !complete && holders.iter().any(|holder| holder.dev.is_some()) {
+        holders.clear();
+    }
+    let Some(holder) = choose(holders, dev, may_serve, start_time) else {
+        return if complete { Ok(None) } else { Err(IncompleteSearch) };
+    };
+    let Ok(process) = Process::open(i64::from(holder.pid)) else { return Ok(None) };
     let (supervised, certain) = (is_supervised(holder.pid), holder.dev.is_some());
-    Some(ServingProcess { process, supervised, certain })
+    Ok(Some(ServingProcess { process, supervised, certain }))
 }
 
 /// Chooses the holder of the connection, else of those without a name that `may_serve` the one that
@@ -62,8 +80,12 @@ fn choose<T: Ord>(
 /// another path of the same name. Blocks.
 pub fn processes_serving(path: &Path) -> Vec<(Process, Option<Dev>)> {
     let own = mount_namespace("self");
-    let ours = |h: &Holder| own.is_some() && mount_namespace(&h.pid.to_string()) == own;
-    let holders = fuse::holders().into_iter().filter(|h| ours(h) && is_lxcfs_at(h.pid, path));
+    let ours = |pid: i32| own.is_some() && mount_namespace(&pid.to_string()) == own;
+    let Search { holders, complete } = fuse::search(ours, |_| false);
+    if !complete {
+        tracing::warn!(cause = %IncompleteSearch, "a predecessor may still run");
+    }
+    let holders = holders.into_iter().filter(|h| is_lxcfs_at(h.pid, path));
     holders.filter_map(|h| Some((Process::open(i64::from(h.pid)).ok()?, h.dev))).collect()
 }
 

@@ -31,6 +31,8 @@ const PROBE_INTERVAL: Duration = Duration::from_secs(30);
 const READ_ONLY_INTERVAL: Duration = Duration::from_secs(1);
 const READ_ONLY_LONG_INTERVAL: Duration = Duration::from_secs(30);
 const READ_ONLY_SOON: Duration = Duration::from_secs(60);
+/// The pause after a search for the process of lxcfs that did not reach every process.
+const SEARCH_AGAIN: Duration = Duration::from_secs(10);
 /// On a busy node mounts change all the time; the table is read at most this often.
 const DEBOUNCE: Duration = Duration::from_millis(50);
 
@@ -98,6 +100,10 @@ pub struct Watcher {
     server: Option<Server>,
     /// `server` is not searched for yet.
     unsearched: bool,
+    /// When the search for its process is repeated, if it ended early.
+    search_again: Option<Instant>,
+    /// The log says that the search ended early.
+    logged: bool,
     probe: Interval,
     probing: Option<JoinHandle<Result<(), Error>>>,
     /// [`Change::Unresponsive`] was reported and still holds.
@@ -130,6 +136,8 @@ impl Watcher {
             current,
             server: None,
             unsearched: true,
+            search_again: None,
+            logged: false,
             probe,
             probing: None,
             unresponsive: false,
@@ -163,7 +171,8 @@ impl Watcher {
     pub async fn run(mut self, changes: Sender<Change>) {
         loop {
             if std::mem::take(&mut self.unsearched) {
-                self.server = self.find_server().await;
+                self.logged = false;
+                self.find_server().await;
                 if self.server.is_none() {
                     // It may have exited before the search.
                     self.probe.reset_immediately();
@@ -177,11 +186,23 @@ impl Watcher {
     }
 
     /// Finds the process that serves now, on a worker thread: a hostile process can make reads of
-    /// its arguments block.
-    async fn find_server(&self) -> Option<Server> {
-        let (current, path) = (self.current?, self.finder.path().to_owned());
-        let found = self.workers.run(move |_| serving_process(current, &path)).await.ok()?;
-        Server::watch(&found?)
+    /// its arguments block. A search that ends early is repeated later.
+    async fn find_server(&mut self) {
+        (self.server, self.search_again) = (None, None);
+        let (Some(current), path) = (self.current, self.finder.path().to_owned()) else { return };
+        let found = self.workers.run(move |_| serving_process(current, &path)).await;
+        let cause: &dyn std::error::Error = match &found {
+            Ok(Ok(found)) => {
+                self.server = found.as_ref().and_then(Server::watch);
+                return;
+            }
+            Ok(Err(incomplete)) => incomplete,
+            Err(timeout) => &timeout.error,
+        };
+        self.search_again = Some(Instant::now() + SEARCH_AGAIN);
+        if !std::mem::replace(&mut self.logged, true) {
+            tracing::warn!(%cause, "failed to find the process of lxcfs, trying again");
+        }
     }
 
     /// Waits for the next change.
@@ -207,6 +228,13 @@ impl Watcher {
                     None => std::future::pending().await,
                 }
             };
+            let search_again = self.search_again;
+            let search = async {
+                match search_again {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 biased;
                 () = exited => {
@@ -214,8 +242,12 @@ impl Watcher {
                         continue;
                     };
                     if !certain {
-                        self.server = self.find_server().await;
+                        self.find_server().await;
                         if self.server.is_some() {
+                            continue;
+                        }
+                        if self.search_again.is_some() {
+                            self.probe.reset_immediately();
                             continue;
                         }
                     }
@@ -231,12 +263,14 @@ impl Watcher {
                         self.unresponsive = false;
                         self.watch_writable();
                         (self.server, self.unsearched) = (None, true);
+                        self.search_again = None;
                         return Change::Mounted(current);
                     }
                     if let Some(change) = self.read_only() {
                         return change;
                     }
                 }
+                () = search => self.find_server().await,
                 () = checked => {
                     if let Some(change) = self.read_only() {
                         return change;
@@ -257,7 +291,7 @@ impl Watcher {
                         (Ok(()), _) => self.unresponsive = false,
                         (Err(Error::Dead(_)), Some(was)) => {
                             self.current = None;
-                            self.server = None;
+                            (self.server, self.search_again) = (None, None);
                             let noticed_by = NoticedBy::Probe;
                             return Change::Exited { was, supervised: false, noticed_by };
                         }

@@ -24,7 +24,7 @@ use std::{
 
 pub use self::{
     driver::{IfLocked, reconcile_blocking},
-    liveness::{Liveness, Prober, probe_blocking},
+    liveness::{Candidate, Liveness, Owner, liveness, probe_blocking},
     namespace::WorkerContext,
     table::TableLimit,
     workers::{Error as WorkError, JobTimeout, Workers},

@@ -24,7 +24,11 @@ impl Predecessors {
     /// responds keeps serving the views in containers until [`Predecessors::replace`].
     pub(super) async fn take_over(path: &Path, sweepers: &Workers) -> Predecessors {
         let of = path.to_owned();
-        let processes = sweepers.run(move |_| processes_serving(&of)).await.unwrap_or_default();
+        let found = sweepers.run(move |_| processes_serving(&of)).await;
+        let processes = found.unwrap_or_else(|timeout| {
+            tracing::warn!(cause = %timeout.error, "a predecessor may still run");
+            Vec::new()
+        });
         let mut predecessors = Predecessors { processes, mounted: None };
         let mut hung = None;
         if let Some(Identity { dev, .. }) = identify(path) {

@@ -1,6 +1,12 @@
 //! What passes for lxcfs and is not, and what a container or a client does to lxcfs and the agent.
 
-use std::{fs, io::Write, net::TcpStream, path::Path, time::Duration};
+use std::{
+    fs,
+    io::Write,
+    net::TcpStream,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use nix::sys::signal::Signal;
 use rustix::mount::FsPickFlags;
@@ -38,10 +44,7 @@ impl Fake {
     /// Of a device that is not found, and stopped: an open of its file waits, and can be killed.
     pub(crate) fn stopped() -> Fake {
         let dir = tempfile::tempdir().unwrap();
-        let device = dir.path().join("hidden");
-        let copied = program("cp").args(["-a", "/dev/fuse"]).arg(&device).status().unwrap();
-        assert!(copied.success());
-        let fake = Fake::by(&device, "hang");
+        let fake = Fake::by(&hidden_device(dir.path()), "hang");
         send(fake.container.pid, Signal::SIGSTOP);
         fake
     }
@@ -55,6 +58,28 @@ impl Fake {
 
     pub(super) fn has_view(&self) -> bool {
         views(&self.container.mountinfo()) == ["/proc/meminfo"]
+    }
+}
+
+/// A FUSE device of another name.
+fn hidden_device(dir: &Path) -> PathBuf {
+    let device = dir.join("hidden");
+    let copied = program("cp").args(["-a", "/dev/fuse"]).arg(&device).status().unwrap();
+    assert!(copied.success());
+    device
+}
+
+/// Moves processes into a cgroup.
+fn enter_cgroup(cgroup: &str, pids: &[i32]) {
+    let used = |dir: &PathBuf| {
+        let hierarchy = dir.strip_prefix("/sys/fs/cgroup").unwrap();
+        Path::new("/sys/fs/cgroup/cgroup.controllers").exists() || hierarchy.starts_with("pids")
+    };
+    for dir in cgroup_dirs(cgroup).iter().filter(|dir| used(dir)) {
+        fs::create_dir_all(dir).unwrap();
+        for pid in pids {
+            fs::write(dir.join("cgroup.procs"), pid.to_string()).unwrap();
+        }
     }
 }
 
@@ -135,9 +160,7 @@ fn hanging_mount_above_a_view_stops_neither_umount_nor_sweep() {
 fn hanging_fake_of_a_hidden_device_costs_one_process() {
     isolated(|| {
         let dir = tempfile::tempdir().unwrap();
-        let device = dir.path().join("hidden");
-        let copied = program("cp").args(["-a", "/dev/fuse"]).arg(&device).status().unwrap();
-        assert!(copied.success());
+        let device = hidden_device(dir.path());
         let (fake, lxcfs) = (Fake::by(&device, "hang"), Lxcfs::start());
         let pods = Pods::start();
         let mut agent = agent_of(dir.path(), &pods, lxcfs.path());
@@ -155,6 +178,43 @@ fn hanging_fake_of_a_hidden_device_costs_one_process() {
         assert!(fake.has_view(), "it never opted in");
         agent.signal(Signal::SIGKILL);
         eventually_true("no thread of the agent hangs", || !agent.is_running());
+    });
+}
+
+/// Many hanging files of one container: the view of another one is swept, and `status` is complete.
+#[test]
+fn many_hidden_fakes_keep_no_dead_view_of_others() {
+    isolated(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let device = hidden_device(dir.path());
+        let container = format!("{}/{:064x}", test_cgroup(), 1);
+        let fakes: Vec<Fake> = (0..9).map(|_| Fake::by(&device, "hang")).collect();
+        for fake in &fakes {
+            enter_cgroup(&container, &[fake.container.pid, fake.container.unshare.pid()]);
+        }
+        // Its pid is higher than theirs, so its file is opened last.
+        let (mut exited, target) = (Lxcfs::start(), Bare::start());
+        let pid = target.pid.to_string();
+        succeeds(&["mount", "--pid", &pid, "--lxcfs-path", exited.path()]);
+        exited.process.kill();
+
+        let (lxcfs, pods) = (Lxcfs::start(), Pods::start());
+        let agent = agent_of(dir.path(), &pods, lxcfs.path());
+        eventually_true("the target is swept", || views(&target.mountinfo()).is_empty());
+        let failures = || metric(&agent, "sweep_failures_total");
+        eventually_true("the other devices are counted", || failures() >= 7.0);
+        let message = "failed to determine whether the lxcfs has exited";
+        let logged = |entry: &&serde_json::Value| entry["message"] == message;
+        let entries = agent.entries();
+        let logged: Vec<_> = entries.iter().filter(logged).collect();
+        assert_eq!(logged.len(), 1, "once per container: {}", agent.log());
+        let of_fake = |fake: &Fake| fake.container.has(&logged[0]["pid"]);
+        assert!(fakes.iter().any(of_fake) && logged[0]["dev"].is_string(), "{}", agent.log());
+        assert!(fakes.iter().all(Fake::has_view), "they never opted in");
+        let states = status(&agent);
+        let state =
+            |state: &str| states.iter().filter(|row| row["files"]["meminfo"] == state).count();
+        assert_eq!((state("dead"), state("stale")), (2, 7));
     });
 }
 
