@@ -293,7 +293,7 @@ pub fn log_sweep(swept: &io::Result<PassSummary>) {
         Ok(summary) => {
             let (swept_files, failed) = (summary.files, summary.failed);
             if failed > 0 {
-                tracing::warn!(swept_files, failed, %summary, "views of an exited lxcfs may remain");
+                tracing::warn!(swept_files, failed, %summary, "views of an exited lxcfs remain");
             } else if swept_files > 0 {
                 tracing::info!(swept_files, %summary, "removed views of an exited lxcfs");
             }
