@@ -158,9 +158,12 @@ fn namespace_that_is_not_swept_is_counted() {
     isolated(|| {
         let (mut lxcfs, hostile, pods) = (Lxcfs::start(), Bare::start(), Pods::start());
         let other = Bare::start();
-        inject(lxcfs.path(), &hostile);
+        // Not stacked on a view file: the kernel detaches what is mounted on a file of lxcfs once a
+        // look-up finds that lxcfs has exited.
+        let pid = hostile.pid.to_string();
+        succeeds(&["mount", "--pid", &pid, "--files", "uptime", "--lxcfs-path", lxcfs.path()]);
         inject(lxcfs.path(), &other);
-        inside(hostile.pid, || (0..1100).for_each(|_| bind("/proc/uptime", "/proc/meminfo")));
+        inside(hostile.pid, || (0..1100).for_each(|_| bind("/proc/version", "/proc/meminfo")));
         let dir = tempfile::tempdir().unwrap();
         let args = ["--node-name", "n1", "--lxcfs-path", lxcfs.path(), "--pid-from", "proc"];
         let kubeconfig = pods.kubeconfig();
