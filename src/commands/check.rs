@@ -218,15 +218,15 @@ fn host_pids() -> Check {
 }
 
 fn cgroups() -> Check {
-    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
-        ok("cgroup", "version 2")
-    } else if Path::new("/sys/fs/cgroup/memory").exists() {
-        ok("cgroup", "version 1")
-    } else {
-        fail(
+    match CgroupVersion::of_node() {
+        CgroupVersion::V2 => ok("cgroup", "version 2"),
+        CgroupVersion::V1 if Path::new("/sys/fs/cgroup/memory").exists() => {
+            ok("cgroup", "version 1")
+        }
+        CgroupVersion::V1 => fail(
             "cgroup",
             "no cgroup file system at /sys/fs/cgroup; mount one, lxcfs reads the limits from it",
-        )
+        ),
     }
 }
 
@@ -265,7 +265,7 @@ mod tests {
             ("5.0.3", V1, false),
             ("unknown", V2, false),
         ] {
-            assert_eq!(wrong_values(version, cgroups).is_some(), wrong, "{version} {cgroups}");
+            assert_eq!(wrong_values(version, cgroups).is_some(), wrong, "{version} {cgroups:?}");
         }
     }
 }

@@ -14,7 +14,7 @@ use rustix::{
 };
 use tokio::sync::oneshot;
 
-use super::{Error, Identity, identify, line_of};
+use super::{Error, Identity, identify, is_writable};
 use crate::{
     model::view::ViewFile,
     mount::{LxcfsFiles, WorkError, Workers, observe::LXCFS_FSTYPE},
@@ -152,7 +152,7 @@ fn open(path: &Path) -> Result<LxcfsFiles, Error> {
     }
     let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
     let mut files = BTreeMap::new();
-    let writable = is_writable(&text, mount.id);
+    let writable = is_writable(mount);
     for file in ViewFile::ALL.into_iter().filter(|file| !(writable && *file == ViewFile::Cpu)) {
         match rustix::fs::openat2(
             &root,
@@ -175,23 +175,6 @@ fn open(path: &Path) -> Result<LxcfsFiles, Error> {
     Ok(LxcfsFiles { dev: mount.dev, files, writable })
 }
 
-/// Whether the file system of a mount is writable, by the options after its source: those of the
-/// mount itself can be changed in a container's user namespace. A line that is not understood
-/// counts as writable.
-fn is_writable(table: &[u8], mount: MountId) -> bool {
-    let options = line_of(table, mount).and_then(|line| line.rsplit(|b| *b == b' ').next());
-    options.is_none_or(|options| !options.split(|b| *b == b',').any(|option| option == b"ro"))
-}
-
-/// Whether the file system of the lxcfs at `path` is writable. It is sent no request.
-pub(super) fn is_writable_at(path: &Path) -> bool {
-    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    let text = std::fs::read("/proc/thread-self/mountinfo").unwrap_or_default();
-    let table = MountTable::parse(&text).unwrap_or_default();
-    let mount = table.top(real.as_os_str().as_encoded_bytes());
-    mount.is_none_or(|mount| is_writable(&text, mount.id))
-}
-
 /// Checks that lxcfs responds: reads the file that is the cheapest for it.
 fn probe(root: &impl std::os::fd::AsFd) -> std::io::Result<()> {
     let uptime = rustix::fs::openat(
@@ -204,19 +187,5 @@ fn probe(root: &impl std::os::fd::AsFd) -> std::io::Result<()> {
     match std::fs::File::from(uptime).read(&mut text)? {
         0 => Err(std::io::Error::other("it is empty")),
         _ => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_the_file_systems_own_options_decide() {
-        let table = b"7 1 0:40 / /a ro,nosuid - fuse.lxcfs lxcfs rw,user_id=0\n\
-                      8 1 0:41 / /b rw,nosuid shared:3 - fuse.lxcfs lxcfs ro,user_id=0\n";
-        assert!(is_writable(table, MountId(7)));
-        assert!(!is_writable(table, MountId(8)));
-        assert!(is_writable(table, MountId(9)) && is_writable(b"", MountId(1)));
     }
 }

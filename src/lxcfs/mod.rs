@@ -18,7 +18,7 @@ pub use self::{
 };
 use crate::{
     mount::{WorkError, observe::LXCFS_FSTYPE},
-    sys::mountinfo::{Dev, MountId, MountTable},
+    sys::mountinfo::{Dev, Mount, MountTable},
 };
 
 /// The beginning of the source of a supervised lxcfs's mount, before its version.
@@ -59,52 +59,73 @@ pub struct Identity {
 /// `STATX_MNT_ID_UNIQUE` (include/uapi/linux/stat.h, kernel 6.8).
 const STATX_MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
-/// Identifies the lxcfs that is mounted at `path`, if one is, by the mount table: it is sent no
-/// request.
+/// Identifies the lxcfs that is mounted at `path`, if one is. It is sent no request.
 pub fn identify(path: &Path) -> Option<Identity> {
+    mount_at(path, |mount, real| {
+        let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+        let unique = rustix::fs::statx(rustix::fs::CWD, real, flags, STATX_MNT_ID_UNIQUE).ok();
+        let unique = unique.filter(|stat| stat.stx_mask & STATX_MNT_ID_UNIQUE.bits() != 0);
+        Identity { dev: mount.dev, mount: unique.map_or(mount.id.0, |stat| stat.stx_mnt_id) }
+    })
+}
+
+/// The version of the lxcfs that is mounted at `path`. It is sent no request. `None` if it has no
+/// supervisor.
+pub fn version_at(path: &Path) -> Option<String> {
+    mount_at(path, |mount, _| version(mount))?
+}
+
+/// Whether the lxcfs at `path` is writable, or none is known to be there. It is sent no request.
+fn is_writable_at(path: &Path) -> bool {
+    mount_at(path, |mount, _| is_writable(mount)).unwrap_or(true)
+}
+
+/// Reads the mount table's line of the lxcfs that is mounted at `path`, if one is. The function
+/// gets the path without links too.
+fn mount_at<T>(path: &Path, look: impl FnOnce(&Mount<'_>, &Path) -> T) -> Option<T> {
     let real = path.canonicalize().ok()?;
     let text = std::fs::read("/proc/thread-self/mountinfo").ok()?;
     let table = MountTable::parse(&text).ok()?;
     let mount = table.top(real.as_os_str().as_encoded_bytes())?;
-    if *mount.fstype != *LXCFS_FSTYPE || *mount.root != *b"/" {
-        return None;
-    }
-    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
-    let unique = rustix::fs::statx(rustix::fs::CWD, &real, flags, STATX_MNT_ID_UNIQUE).ok();
-    let unique = unique.filter(|stat| stat.stx_mask & STATX_MNT_ID_UNIQUE.bits() != 0);
-    Some(Identity { dev: mount.dev, mount: unique.map_or(mount.id.0, |stat| stat.stx_mnt_id) })
+    let is_lxcfs = *mount.fstype == *LXCFS_FSTYPE && *mount.root == *b"/";
+    is_lxcfs.then(|| look(mount, &real))
 }
 
-/// The version of the lxcfs that is mounted at `path`, by the source of its mount: it is sent no
-/// request. `None` if it has no supervisor.
-pub fn version_at(path: &Path) -> Option<String> {
-    let real = path.canonicalize().ok()?;
-    let text = std::fs::read("/proc/thread-self/mountinfo").ok()?;
-    let mount = MountTable::parse(&text).ok()?.top(real.as_os_str().as_encoded_bytes())?.id;
-    version(&text, mount)
-}
-
-fn version(table: &[u8], mount: MountId) -> Option<String> {
-    let source = line_of(table, mount)?.rsplit(|b| *b == b' ').nth(1)?;
-    let version = source.strip_prefix(SOURCE_PREFIX.as_bytes())?;
+/// The source of the mount names the version.
+fn version(mount: &Mount<'_>) -> Option<String> {
+    let version = mount.source.strip_prefix(SOURCE_PREFIX.as_bytes())?;
     Some(String::from_utf8_lossy(version).into_owned())
 }
 
-/// The line of a mount in a mount table (proc_pid_mountinfo(5)).
-fn line_of(table: &[u8], mount: MountId) -> Option<&[u8]> {
-    let id = format!("{mount} ");
-    table.split(|b| *b == b'\n').find(|line| line.starts_with(id.as_bytes()))
+/// Whether the file system of a mount is writable. The options of the mount itself do not decide:
+/// they can be changed in a container's user namespace. Unknown options count as writable.
+fn is_writable(mount: &Mount<'_>) -> bool {
+    !mount.super_options.split(|b| *b == b',').any(|option| option == b"ro")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn mount(line: &str) -> Mount<'_> {
+        Mount::parse(line.as_bytes()).unwrap()
+    }
+
     #[test]
     fn source_of_a_supervised_mount_names_the_version() {
-        let table = b"7 1 0:40 / /a ro - fuse.lxcfs lxcfs ro,user_id=0\n\
-                      8 1 0:41 / /b ro shared:3 - fuse.lxcfs lxcfs-7.0.0 ro,user_id=0\n";
-        assert_eq!(version(table, MountId(7)), None);
-        assert_eq!(version(table, MountId(8)).as_deref(), Some("7.0.0"));
+        let supervised = mount("8 1 0:41 / /b ro shared:3 - fuse.lxcfs lxcfs-7.0.0 ro,user_id=0");
+        assert_eq!(version(&supervised).as_deref(), Some("7.0.0"));
+        assert_eq!(version(&mount("7 1 0:40 / /a ro - fuse.lxcfs lxcfs ro,user_id=0")), None);
+    }
+
+    #[test]
+    fn only_the_file_systems_own_options_decide() {
+        for (line, expected) in [
+            ("7 1 0:40 / /a ro,nosuid - fuse.lxcfs lxcfs rw,user_id=0", true),
+            ("8 1 0:41 / /b rw,nosuid shared:3 - fuse.lxcfs lxcfs ro,user_id=0", false),
+            ("9 1 0:42 / /c ro - fuse.lxcfs lxcfs", true),
+        ] {
+            assert_eq!(is_writable(&mount(line)), expected, "{line}");
+        }
     }
 }

@@ -17,9 +17,7 @@ use tokio::{
 };
 
 use super::{
-    Error, Finder, Identity,
-    finder::is_writable_at,
-    identify,
+    Error, Finder, Identity, identify, is_writable_at,
     server::{ServingProcess, serving_process},
 };
 use crate::{mount::Workers, sys};

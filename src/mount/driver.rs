@@ -9,10 +9,10 @@
 //! crossing a mount; only the last component of a view file's path leads into the mount on it. So
 //! no file system of the container gets a request, which it might never answer. `/proc` and `/sys`
 //! are checked on the open descriptor, which is held from the plan to the last step: the mount that
-//! the plan names is the one that is mounted on. Whether it
-//! would propagate to the host is checked again in the entry that mounts. A mount is detached by a
-//! descriptor whose mount id equals the planned one. A managed mount that the kernel does not
-//! detach, because it is locked in a nested user namespace, is covered.
+//! the plan names is the one that is mounted on. Whether it would propagate to the host is checked
+//! again in the entry that mounts. A mount is detached by a descriptor whose mount id equals the
+//! planned one. A managed mount that the kernel does not detach, because it is locked in a nested
+//! user namespace, is covered.
 
 use std::{
     collections::{BTreeMap, HashSet},

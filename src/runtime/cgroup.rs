@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    fmt, io,
+    io,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -36,15 +36,6 @@ impl CgroupVersion {
         } else {
             CgroupVersion::V1
         }
-    }
-}
-
-impl fmt::Display for CgroupVersion {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            CgroupVersion::V1 => "cgroup v1",
-            CgroupVersion::V2 => "cgroup v2",
-        })
     }
 }
 

@@ -49,6 +49,9 @@ pub struct Mount<'a> {
     /// The peer group that mounts below it propagate to.
     pub shared: Option<u64>,
     pub fstype: Cow<'a, [u8]>,
+    pub source: Cow<'a, [u8]>,
+    /// Options of the file system, comma-separated. Empty if the line is cut.
+    pub super_options: &'a [u8],
 }
 
 /// A line that does not follow proc_pid_mountinfo(5).
@@ -280,8 +283,9 @@ impl<'a> Mount<'a> {
             }
         }
         let fstype = unescape(fields.next()?);
-        fields.next()?; // The source; the super options after it are not used.
-        Some(Mount { id, parent, dev, root, point, options, shared, fstype })
+        let source = unescape(fields.next()?);
+        let super_options = fields.next().unwrap_or_default();
+        Some(Mount { id, parent, dev, root, point, options, shared, fstype, source, super_options })
     }
 }
 
