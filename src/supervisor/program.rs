@@ -53,7 +53,7 @@ impl Program {
         let mut program = Program { bin, library_dir, version, reason, options };
         let output = program.output("--version").await?;
         program.version = parse_version(&output);
-        if major(&program.version) >= Some(CGROUP2_ONLY) && cgroups == CgroupVersion::V1 {
+        if !fits(&program.version, cgroups) {
             let (bin, version) = (program.bin, program.version);
             return Err(Error::Cgroup2Only { bin, version });
         }
@@ -126,8 +126,10 @@ fn parse_version(output: &str) -> String {
     words.find(is_version).unwrap_or("unknown").to_owned()
 }
 
-fn major(version: &str) -> Option<u32> {
-    version.split('.').next()?.parse().ok()
+/// Whether a version can serve this cgroup version. An unknown one is tried.
+fn fits(version: &str, cgroups: CgroupVersion) -> bool {
+    let major = version.split('.').next().and_then(|major| major.parse().ok());
+    cgroups == CgroupVersion::V2 || major.is_none_or(|major: u32| major < CGROUP2_ONLY)
 }
 
 #[cfg(test)]
@@ -144,7 +146,21 @@ mod tests {
         ] {
             assert_eq!(parse_version(output), expected);
         }
-        assert_eq!((major("7.0.0"), major("unknown")), (Some(7), None));
+    }
+
+    #[test]
+    fn lxcfs_7_does_not_fit_cgroup_version_1() {
+        use CgroupVersion::{V1, V2};
+        for (version, cgroups, expected) in [
+            ("5.0.3", V1, true),
+            ("6.0.4", V2, true),
+            ("7.0.0", V1, false),
+            ("7.0.0", V2, true),
+            ("10.1.0", V1, false),
+            ("unknown", V1, true),
+        ] {
+            assert_eq!(fits(version, cgroups), expected, "{version} {cgroups:?}");
+        }
     }
 
     #[test]

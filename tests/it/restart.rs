@@ -115,6 +115,27 @@ fn killed_lxcfs_is_restarted_and_views_return() {
 }
 
 #[test]
+fn version_of_a_supervised_lxcfs_is_shown() {
+    isolated(|| {
+        let node = Node::start(1, &[]);
+        let output = program("lxcfs").arg("--version").output().unwrap();
+        let version = (stdout(&output) + &stderr(&output)).trim().trim_matches('"').to_owned();
+        let source = format!("noexec,noatime - fuse.lxcfs lxcfs-{version} ");
+        let table = node.readers[0].mountinfo();
+        assert_eq!(table.matches(&source).count(), ALWAYS.len(), "{table}");
+        let info = format!("lxcfs_info{{version=\"{version}\"}}");
+        assert!((metric(&node.agent, &info) - 1.0).abs() < f64::EPSILON);
+        let check = run(&["check", "--lxcfs-path", node.lxcfs.path()]);
+        let shown = format!("version {version} serves");
+        assert!(stdout(&check).contains(&shown), "{}", stdout(&check));
+        let status = run(&["status", "--pid-from", "proc", "--lxcfs-path", node.lxcfs.path()]);
+        assert!(stderr(&status).contains(&version), "{}", stderr(&status));
+        let supervisor = &node.lxcfs.supervisor;
+        assert_eq!(supervisor.logged(&[("lxcfs_version", &version)]), 1, "{}", supervisor.log());
+    });
+}
+
+#[test]
 fn terminated_supervisor_causes_no_read_error() {
     isolated(|| {
         let mut node = Node::start(8, &[]);

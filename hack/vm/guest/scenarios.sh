@@ -144,17 +144,18 @@ versions() {
         is AppArmor Y "$(cat /sys/module/apparmor/parameters/enabled)"
 }
 
-# lxcfs starts, and the node's cgroup2 mount keeps its options.
+# lxcfs starts, and the node's cgroup2 mount keeps its options: lxcfs 6.0.4 changes them, and the
+# supervisor restores them.
 supervisor_keeps_cgroup_options() {
-    local before after
+    local before changed
     before=$(cgroup_options)
     start_supervisor || return
-    after=$(cgroup_options)
-    seen="$after"
-    [ "$before" = "$after" ] && return
-    seen="before: $before, after: $after"
-    [ "$(lxcfs_major)" -lt 7 ] && known="lxcfs 6.0.4 changes them ($seen)"
+    wait_for 10 cgroup_options_are "$before" || return
+    changed=$(journalctl --no-pager -o cat -u kube-lxcfs-lxcfs | grep -o 'cgroup2_options="[^"]*"')
+    seen="$before${changed:+, restored: $changed}"
+    [ -n "$changed" ] || [ "$(lxcfs_major)" -ge 7 ] || is "a warning about changes" 1 0
 }
+cgroup_options_are() { [ "$(cgroup_options)" = "$1" ]; }
 
 # A container without a view, before the agent runs. AppArmor confines it.
 opted_out_pod_starts() {
@@ -308,13 +309,18 @@ cpus_are_quota() {
     all=$(nproc)
     is "cpuinfo, online, stat without a quota" "$all 0-$((all - 1)) $all" "$(cpus unlimited)" ||
         return
-    seen="$(cpus half)"
+    one_cpu half || return
+    remove_pod unlimited
+}
+
+# one_cpu NAME: a container with half a CPU sees one.
+one_cpu() {
+    seen=$(cpus "$1")
     if [ "$seen" != "1 0 1" ] && [ "$(lxcfs_major)" -lt 7 ]; then
         known="lxcfs 6.0.4: cpuinfo, online, stat show $seen"
     else
-        is "cpuinfo, online, stat with half a CPU" "1 0 1" "$(cpus half)" || return
+        is "cpuinfo, online, stat with half a CPU" "1 0 1" "$seen"
     fi
-    remove_pod unlimited
 }
 
 # The quota of a parent counts too.
@@ -323,12 +329,7 @@ cpus_are_parents_quota() {
     run_pod quota --cgroup $slice --cpu 0 "$opt_in" || return
     wait_for 60 has_view quota || return
     systemctl set-property --runtime $slice CPUQuota=50% || return
-    seen=$(cpus quota)
-    if [ "$seen" != "1 0 1" ] && [ "$(lxcfs_major)" -lt 7 ]; then
-        known="lxcfs 6.0.4: cpuinfo, online, stat show $seen"
-    else
-        is "cpuinfo, online, stat with half a CPU" "1 0 1" "$seen" || return
-    fi
+    one_cpu quota || return
     remove_pod quota
 }
 
