@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs packages of Debian or Ubuntu whose commands are missing. Root is needed only if a command
 # is missing. Services of new packages are not started.
-#   hack/deps.sh SET...       SET: build, demo, test, helm, kubernetes, cluster, image, lint, vm
+#   hack/deps.sh SET...       SET: build, demo, test, helm, kubernetes, cluster, image, lint, vm,
+#                             vm-arm64
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -40,8 +41,14 @@ packages_of() {
         echo qemu-system-x86_64 qemu-system-x86 mmdebstrap mmdebstrap mke2fs e2fsprogs \
             busybox busybox-static cpio cpio xz xz-utils modprobe kmod
         ;;
+    vm-arm64)
+        packages_of vm
+        echo qemu-system-aarch64 qemu-system-arm arch-test arch-test \
+            qemu-aarch64-static qemu-user-static
+        ;;
     *)
-        fail "unknown set '$1'; valid: build demo test helm kubernetes cluster image lint vm"
+        fail "unknown set '$1'; valid: build demo test helm kubernetes cluster image lint vm" \
+            "vm-arm64"
         ;;
     esac
 }

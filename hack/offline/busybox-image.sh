@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # Makes the image of test pods, once, and prints its path: a docker-archive for
 # `ctr images import`. It holds the installed busybox, and free, uptime and nproc if installed.
+#   hack/offline/busybox-image.sh [ARCHITECTURE]      of another architecture: only busybox
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
+native=$(dpkg --print-architecture)
+architecture=${1:-$native}
 archive="$CACHE/busybox-image-1.tar"
+[ "$architecture" = "$native" ] || archive="$CACHE/busybox-image-$architecture-1.tar"
 
 # copy PROGRAM ROOT: copies PROGRAM and its shared libraries.
 copy() {
@@ -19,10 +23,11 @@ copy() {
 make_root() {
     local applet program
     mkdir -p "$1"/{bin,proc,sys,dev,tmp,etc,run}
-    install "$(command -v busybox)" "$1/bin/busybox"
+    install "$(busybox_path "$architecture")" "$1/bin/busybox"
     for applet in $(busybox --list); do
         [ -e "$1/bin/$applet" ] || ln -s busybox "$1/bin/$applet"
     done
+    [ "$architecture" = "$native" ] || return 0
     for program in free uptime nproc; do
         if have "$program"; then copy "$program" "$1"; fi
     done
@@ -35,8 +40,7 @@ build() {
     make_root "$work/root"
     tar --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -C "$work/root" \
         -cf "$work/layer.tar" .
-    local architecture digest
-    architecture=$(dpkg --print-architecture)
+    local digest
     digest=$(sha256sum "$work/layer.tar" | cut -d' ' -f1)
     cat >"$work/config.json" <<JSON
 {"architecture": "$architecture", "os": "linux",

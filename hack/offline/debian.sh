@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
 # Unpacks packages of another Debian release into the cache, without installing them, and prints
 # the directory. Tests use them to run against other versions of containerd.
-#   hack/offline/debian.sh RELEASE PACKAGE...     as in: hack/offline/debian.sh trixie containerd
+#   hack/offline/debian.sh RELEASE[:ARCHITECTURE] PACKAGE...
+# as in: hack/offline/debian.sh trixie containerd; hack/offline/debian.sh sid:arm64 lxcfs
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
-[ $# -ge 2 ] || fail "usage: hack/offline/debian.sh RELEASE PACKAGE..."
-release=$1
+[ $# -ge 2 ] || fail "usage: hack/offline/debian.sh RELEASE[:ARCHITECTURE] PACKAGE..."
+native=$(dpkg --print-architecture)
+release=${1%:*}
+architecture=$native
+[ "$release" = "$1" ] || architecture=${1#*:}
+name=$release
+[ "$architecture" = "$native" ] || name+=-$architecture
 shift
 packages=("$@")
-root="$CACHE/debian/$release"
-log="$CACHE/debian-$release.log"
+root="$CACHE/debian/$name"
+log="$CACHE/debian-$name.log"
 
 complete() {
     local p
@@ -24,6 +30,7 @@ download() {
         "$mirror" "$release" >"$work/list"
     apt=(-q -o "Dir::Etc::sourcelist=$work/list" -o "Dir::Etc::sourceparts=-"
         -o "Dir::State::Lists=$work/lists" -o "Dir::Cache=$work/cache"
+        -o "APT::Architecture=$architecture" -o "APT::Architectures=$architecture"
         -o "APT::Sandbox::User=root" -o "Acquire::Check-Valid-Until=false")
     cd "$work"
     apt-get "${apt[@]}" update
@@ -36,9 +43,9 @@ unpack() {
     if complete; then return; fi
     mirror=$(debian_mirror "download ${packages[*]} of Debian $release")
     make_work_dir debian
-    say "downloading ${packages[*]} of Debian $release, once (log: $log)"
+    say "downloading ${packages[*]} of Debian $name, once (log: $log)"
     logged "$log" "download ${packages[*]} of Debian $release" download
 }
 
-locked "debian-$release" unpack
+locked "debian-$name" unpack
 echo "$root"

@@ -29,6 +29,17 @@ debian_mirror() {
     echo "$uri"
 }
 
+# busybox_path ARCHITECTURE: prints the path of a static busybox: the installed one if it fits.
+busybox_path() {
+    local root
+    if [ "$1" = "$(dpkg --print-architecture)" ]; then
+        command -v busybox || fail "busybox not found; run hack/deps.sh demo to install it"
+    else
+        root=$("${BASH_SOURCE[0]%/*}/debian.sh" "trixie:$1" busybox-static) || return
+        echo "$root/usr/bin/busybox"
+    fi
+}
+
 # buildah_ COMMAND...: runs buildah on image storage in the cache.
 buildah_() {
     buildah --root "$CACHE/images/root" --runroot "$CACHE/images/run" "$@"

@@ -2,6 +2,7 @@
 # Boots a virtual machine, and runs the program `run` of a directory in it, as root. The directory
 # is at /payload there. Prints what the program prints, and exits with its status.
 #   hack/vm/boot.sh ROOT KERNEL DIR      ROOT, KERNEL: Debian releases, as in: trixie bookworm
+# With VM_ARCH=arm64, the machine is one of arm64.
 # The console is in console.log of the cache. Nothing that the machine writes is kept.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
@@ -19,19 +20,33 @@ flock 8
 make_work_dir vm-run
 image "$payload" "$work/payload.ext4" $(($(du -sm "$payload" | cut -f1) * 5 / 4 + 16)) payload
 
+output="file:$work/output"
+case $arch in
+amd64)
+    qemu=(qemu-system-x86_64 -cpu max -serial "file:$vm/console.log" -serial "$output")
+    append='console=ttyS0'
+    ;;
+arm64)
+    # The machine has one serial port only.
+    qemu=(qemu-system-aarch64 -M virt -cpu cortex-a72 -serial "file:$vm/console.log"
+        -device virtio-serial-pci -chardev "file,id=output,path=$work/output"
+        -device "virtserialport,chardev=output")
+    append='console=ttyAMA0 output=vport0p1'
+    ;;
+esac
+
 # boot: prints the payload's output as it comes, without the carriage returns of the serial port.
 boot() {
     local printer status=0
     : >"$work/output"
     # A kernel panic ends the machine.
-    TMPDIR=$work timeout "$limit" nice -n 10 qemu-system-x86_64 -accel tcg,thread=multi -cpu max \
+    TMPDIR=$work timeout "$limit" nice -n 10 "${qemu[@]}" -accel tcg,thread=multi \
         -smp 2 -m 2048 -no-reboot -nic none -display none -monitor none \
         -kernel "$kernel/vmlinuz" -initrd "$kernel/initrd" \
-        -append 'console=ttyS0 rw psi=1 panic=-1 systemd.show_status=0' \
+        -append "$append rw psi=1 panic=-1 systemd.show_status=0" \
         -drive "file=$root,if=virtio,format=raw,snapshot=on" \
         -drive "file=$kernel/modules.ext4,if=virtio,format=raw,snapshot=on" \
-        -drive "file=$work/payload.ext4,if=virtio,format=raw,snapshot=on" \
-        -serial "file:$vm/console.log" -serial "file:$work/output" 8>&- &
+        -drive "file=$work/payload.ext4,if=virtio,format=raw,snapshot=on" 8>&- &
     machine=$!
     trap 'kill $machine 2>/dev/null || true; rm -rf "$work"' EXIT
     tail -s 0.5 --pid=$machine -n +1 -f "$work/output" | sed -u 's/\r$//' | tee "$work/plain" &

@@ -7,8 +7,8 @@ set -euo pipefail
 
 [ $# = 1 ] || fail "usage: hack/vm/kernel.sh RELEASE"
 release=$1
-kernel="$vm/kernel-$release-1"
-log="$vm/kernel-$release.log"
+kernel="$vm/kernel-$release$arch_suffix-1"
+log="$vm/kernel-$release$arch_suffix.log"
 
 # init: the first program. Root is the first disk, and modules are on the second one.
 init() {
@@ -28,7 +28,7 @@ INIT
 make_initrd() {
     local initrd=$work/initrd driver path name
     mkdir -p "$initrd"/{bin,dev,root,modules}
-    install "$(command -v busybox)" "$initrd/bin/busybox"
+    install "$(busybox_path "$arch")" "$initrd/bin/busybox"
     install -m 755 <(init) "$initrd/init"
     for driver in virtio_pci virtio_blk ext4; do
         modprobe --dirname "$1" --set-version "$2" --show-depends "$driver"
@@ -47,7 +47,7 @@ make_initrd() {
 make_kernel() {
     local tree=$work/tree version
     # With what it depends on; nothing is configured.
-    debian --variant=extract --include=linux-image-cloud-amd64 "$release" "$tree"
+    debian --variant=extract --include="linux-image-cloud-$arch" "$release" "$tree"
     mkdir -p "$work/out" "$work/base/lib"
     # Releases differ in where the modules are, and newer ones have vmlinuz beside them.
     mv "$(find "$tree" -maxdepth 4 -type d -path '*lib/modules' | head -n 1)" "$work/base/lib/"
@@ -65,10 +65,10 @@ build() {
     [ ! -d "$kernel" ] || return 0
     mkdir -p "$vm"
     make_work_dir vm-kernel
-    say "unpacking the kernel of Debian $release, once (log: $log)"
+    say "unpacking the kernel of Debian $release for $arch, once (log: $log)"
     logged "$log" "unpack the kernel of Debian $release" make_kernel
 }
 
-"$(dirname "$0")/../deps.sh" vm
-locked "vm-kernel-$release" build
+"$(dirname "$0")/../deps.sh" "$dependencies"
+locked "vm-kernel-$release$arch_suffix" build
 echo "$kernel"

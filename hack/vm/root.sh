@@ -12,8 +12,8 @@ release=$1
 version=4
 packages=systemd-sysv,dbus,udev,apparmor,containerd,runc,crun,lxcfs,fuse3,busybox-static,procps
 packages+=,kmod,iproute2,jq,podman,runsc,containernetworking-plugins
-root="$vm/root-$release-$version.ext4"
-log="$vm/root-$release.log"
+root="$vm/root-$release$arch_suffix-$version.ext4"
+log="$vm/root-$release$arch_suffix.log"
 
 # unit: the service that runs the payload, and switches the machine off when it has ended.
 unit() {
@@ -32,11 +32,14 @@ WantedBy=multi-user.target
 UNIT
 }
 
-# run_payload: its program. The second serial port has the output, and last the exit status.
+# run_payload: its program. The port that the kernel's command line names has the output, and last
+# the exit status.
 run_payload() {
     cat <<'PROGRAM'
 #!/bin/bash
-exec >/dev/ttyS1 2>&1 </dev/null
+port=$(grep -o ' output=[^ ]*' /proc/cmdline | cut -d= -f2)
+until [ -c "/dev/${port:=ttyS1}" ]; do sleep 0.5; done
+exec >"/dev/$port" 2>&1 </dev/null
 mkdir -p /payload
 mount -o ro /dev/disk/by-label/payload /payload
 cd /root
@@ -59,9 +62,9 @@ make_root() {
     # The payload starts what it tests. Timers would only take time.
     for service in lxcfs.service containerd.service apt-daily.timer apt-daily-upgrade.timer \
         dpkg-db-backup.timer fstrim.timer; do
-        chroot "$dir" systemctl --quiet disable "$service" || true
+        foreign chroot "$dir" systemctl --quiet disable "$service" || true
     done
-    chroot "$dir" systemctl --quiet enable payload.service
+    foreign chroot "$dir" systemctl --quiet enable payload.service
     rm -rf "$dir"/var/cache/apt "$dir"/var/lib/apt/lists "$dir"/usr/share/{doc,man,locale}
     image "$dir" "$root" 2048 root
 }
@@ -70,10 +73,10 @@ build() {
     [ ! -f "$root" ] || return 0
     mkdir -p "$vm"
     make_work_dir vm-root
-    say "making a root file system of Debian $release, once (log: $log)"
+    say "making a root file system of Debian $release for $arch, once (log: $log)"
     logged "$log" "make a root file system of Debian $release" make_root
 }
 
-"$(dirname "$0")/../deps.sh" vm
-locked "vm-root-$release" build
+"$(dirname "$0")/../deps.sh" "$dependencies"
+locked "vm-root-$release$arch_suffix" build
 echo "$root"

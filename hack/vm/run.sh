@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.."
 . hack/vm/lib.sh
 
 # Name, Debian releases of the root, of the kernel and of lxcfs, the runtime, and the sets of
-# scenarios: see the end of guest/scenarios.sh.
+# scenarios: see the end of guest/scenarios.sh. The machine of the cell arm64 is one of arm64.
 cells="
 kernel-6.12     trixie    trixie      sid       runc    all
 kernel-6.1      trixie    bookworm    sid       runc    all
@@ -18,24 +18,36 @@ crun            trixie    trixie      sid       crun    begin values kinds end
 lxcfs.service   trixie    trixie      sid       runc    host
 gvisor          trixie    trixie      sid       runc    begin gvisor end
 kernel-5.10     trixie    bullseye    sid       runc    all
+arm64           trixie    trixie      sid       runc    all
 "
 
 names() { awk 'NF { print $1 }' <<<"$cells"; }
 
+# make_programs DIR: kube-lxcfs, pod and reader.
+make_programs() {
+    if [ "$arch" = arm64 ]; then
+        hack/offline/cross.sh "$1"
+        return
+    fi
+    say "building kube-lxcfs"
+    cargo build --quiet --locked --release --bin kube-lxcfs --example pod
+    cp target/release/kube-lxcfs target/release/examples/pod "$1/"
+    rustc --edition 2024 -O -C target-feature=+crt-static -o "$1/reader" tests/it/reader.rs
+}
+
 # make_payload DIR ROOT LXCFS RUNTIME SETS: writes the directory that the machine has at /payload.
 make_payload() {
     local lxcfs
-    cp target/release/kube-lxcfs target/release/examples/pod "$1/"
+    make_programs "$1"
     cp hack/vm/guest/* "$1/"
     cp -r manifests/systemd "$1/"
     mv "$1/scenarios.sh" "$1/run"
     chmod +x "$1/run"
-    cp "$(hack/offline/busybox-image.sh)" "$1/busybox-image.tar"
-    rustc --edition 2024 -O -C target-feature=+crt-static -o "$1/reader" tests/it/reader.rs
+    cp "$(hack/offline/busybox-image.sh "$arch")" "$1/busybox-image.tar"
     printf 'cell_runtime=%s\ncell_sets="%s"\n' "$4" "$5" >"$1/cell.sh"
     [ "$2" != "$3" ] || return 0
     # Of another release than the root: the program and its library.
-    lxcfs=$(hack/offline/debian.sh "$3" lxcfs)
+    lxcfs=$(hack/offline/debian.sh "$3:$arch" lxcfs)
     mkdir "$1/lxcfs"
     (cd "$lxcfs" && cp --parents usr/bin/lxcfs usr/lib/*/lxcfs/liblxcfs.so "$1/lxcfs/")
 }
@@ -43,6 +55,7 @@ make_payload() {
 run_cell() {
     local name root kernel lxcfs runtime sets started=$SECONDS status=0
     read -r name root kernel lxcfs runtime sets < <(awk -v name="$1" '$1 == name' <<<"$cells")
+    if [ "$name" = arm64 ]; then export VM_ARCH=arm64 arch=arm64; fi
     make_work_dir vm-payload
     make_payload "$work" "$root" "$lxcfs" "$runtime" "$sets"
     say "cell $name (log: $vm/$name.log)"
@@ -108,8 +121,6 @@ for name in "${chosen[@]}"; do
     names | grep -qx "$name" || fail "unknown cell '$name'; valid: $(names | xargs)"
 done
 hack/deps.sh build vm
-say "building kube-lxcfs"
-cargo build --quiet --locked --release --bin kube-lxcfs --example pod
 mkdir -p "$vm"
 table=$vm/table
 : >"$table"
