@@ -129,8 +129,14 @@ pub fn verify_cgroup(process: &Process, id: &ContainerId) -> Result<(), Error> {
 }
 
 /// Whether a process of the host is in fact a sandbox with its own kernel (Kata's hypervisor,
-/// gVisor's sentry), and which.
+/// gVisor's sentry), or gVisor's file server, and which.
 pub fn guest_kernel_process(pid: i32) -> Option<&'static str> {
+    let program = std::fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+    let program = program.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    // gVisor starts itself again as `exe`, and its file server has a pid namespace.
+    if program == "runsc" {
+        return Some("gVisor");
+    }
     let comm = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
     // A container's program can have any name. A hypervisor or sentry is also in the host's pid
     // namespace.
@@ -224,6 +230,21 @@ mod tests {
             None,
             "65 digits"
         );
+    }
+
+    #[test]
+    fn gvisors_processes_are_recognised_by_their_program() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, expected) in [("runsc", true), ("runsc-like", false)] {
+            let program = dir.path().join(name);
+            std::fs::copy("/bin/sleep", &program).unwrap();
+            let mut child = std::process::Command::new(&program).arg("60").spawn().unwrap();
+            let pid = i32::try_from(child.id()).unwrap();
+            let kind = guest_kernel_process(pid);
+            child.kill().unwrap();
+            child.wait().unwrap();
+            assert_eq!(kind == Some("gVisor"), expected, "{name}");
+        }
     }
 
     #[test]

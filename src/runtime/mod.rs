@@ -88,11 +88,14 @@ impl Runtime {
 
     fn open_verified(&self, pid: i64, id: &ContainerId) -> Result<Arc<Process>, Error> {
         let process = Process::open(pid)?;
-        cgroup::verify_cgroup(&process, id)?;
-        if let Some(kind) = cgroup::guest_kernel_process(process.pid()) {
+        let verified = cgroup::verify_cgroup(&process, id);
+        // gVisor has one process for all containers of a pod, in the cgroup of the pod's sandbox.
+        if matches!(verified, Ok(()) | Err(Error::CgroupMismatch { .. }))
+            && let Some(kind) = cgroup::guest_kernel_process(process.pid())
+        {
             return Err(Error::GuestKernel { id: id.clone(), kind: kind.to_owned() });
         }
-        Ok(Arc::new(process))
+        verified.map(|()| Arc::new(process))
     }
 
     /// The ids of all running containers.

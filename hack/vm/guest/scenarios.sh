@@ -434,6 +434,26 @@ shared_process_namespace() {
     first_read_of "$(awk '/^MemTotal:/ { print $2 }' /proc/meminfo)" --pid pod
 }
 
+# systemd is the first process: it makes cgroups below the container's, and is in one of them. The
+# pod has the programs of the machine, and a target without dependencies, since a privileged systemd
+# would configure devices.
+systemd_in_container() {
+    local cgroup
+    mkdir -p /run/units
+    printf '[Unit]\nDescription=Nothing\nDefaultDependencies=no\n' >/run/units/test.target
+    run_pod systemd --memory 50 --cpu 50 --privileged true --volume /usr:/usr \
+        --volume /usr/lib:/lib --volume /usr/lib64:/lib64 \
+        --volume /run/units:/etc/systemd/system "$opt_in" -- \
+        /usr/lib/systemd/systemd --unit=test.target || return
+    wait_for 60 has_view systemd && wait_for 60 is_running_systemd || return
+    cgroup=$(in_pod systemd cat /proc/1/cgroup)
+    is "the cgroup of systemd" init.scope "${cgroup##*/}" || return
+    is MemTotal $own_kib "$(memory_in systemd)" && one_cpu systemd || return
+    seen="in ${cgroup##*/}: MemTotal $own_kib KiB, CPUs $seen"
+    remove_pod systemd
+}
+is_running_systemd() { [ "$(in_pod systemd systemctl is-system-running)" = running ]; }
+
 # A container with a kernel of its own is left alone, and the agent says so.
 gvisor() {
     local mounts views
@@ -552,7 +572,7 @@ declare -A sets=(
     [values]='memory_is_lowest_limit cpus_are_quota cpus_are_parents_quota uptime_is_age_of_init
         pressure_is_cgroups diskstats_are_cgroups'
     [kinds]='read_only_root proc_mount_unmasked privileged user_namespace host_pid
-        shared_process_namespace podman_hook'
+        shared_process_namespace systemd_in_container podman_hook'
     [gvisor]='gvisor'
     [failures]='readers_have_views opted_out_table_is_identical opt_out_and_in
         running_agent_removes_undesired_view lxcfs_is_killed lxcfs_is_terminated lxcfs_is_stopped
