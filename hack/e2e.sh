@@ -8,6 +8,7 @@
 #     makes cluster-wide RBAC objects, and a privileged pod on every node
 #   - runs its pods in the namespace kube-lxcfs-e2e, which must not exist
 #   - injects and removes views in other pods that have opted in to kube-lxcfs
+# Steps that need a newer Kubernetes than the cluster's are left out, with the reason.
 #   - removes the release and both namespaces at the end, kube-lxcfs only if it has created it
 # Variables:
 #   KUBECONFIG=FILE              the cluster, by its current context; needs E2E_IMAGE
@@ -230,8 +231,11 @@ all_pods() {
     for pod in $pods; do "$1" "$pod" || return 1; done
 }
 
+# memory_in POD [CONTAINER]
 # shellcheck disable=SC2016 # for the shell in the pod
-memory_in() { kubectl exec "$1" -- sh -c 'read -r _ kib _ </proc/meminfo; echo $kib'; }
+memory_in() {
+    kubectl exec "$1" ${2:+-c "$2"} -- sh -c 'read -r _ kib _ </proc/meminfo; echo $kib'
+}
 sees_limit() { [ "$(memory_in "$1")" = 65536 ]; }
 sees_node() {
     local kib
@@ -239,6 +243,19 @@ sees_node() {
 }
 # first_read_saw_limit POD: with NRI the view precedes the container's first instruction.
 first_read_saw_limit() { [ -z "$nri" ] || kubectl exec "$1" -- cat /tmp/first | has " 65536 kB"; }
+
+# container_sees POD CONTAINER KIB [CPUS]
+container_sees() {
+    [ "$(memory_in "$1" "$2")" = "$3" ] || return 1
+    [ -z "${4-}" ] || [ "$(kubectl exec "$1" -c "$2" -- grep -c ^processor /proc/cpuinfo)" = "$4" ]
+}
+# sees_from_the_start POD CONTAINER KIB [CPUS]: its first read too, with NRI.
+sees_from_the_start() {
+    local first
+    eventually 20 "$2 in $1 sees $3 KiB${4:+ and $4 CPUs}" container_sees "$@"
+    first=$(kubectl exec "$1" -c "$2" -- cat /tmp/first)
+    [ -z "$nri" ] || has " $3 kB" <<<"$first" || fail "the first read of $2 in $1 saw: $first"
+}
 
 # read_errors: the number of failed reads in the pods of `in`.
 read_errors() {
@@ -340,6 +357,103 @@ restart_node() {
     hack/cluster.sh start "$dir" containerd
     hack/cluster.sh start "$dir" kubelet
     eventually 90 "the node is ready" node_is_ready
+}
+
+# ---- pods that need a newer Kubernetes --------------------------------------------------------
+
+# The fields of a pod's spec, in YAML's flow style.
+limits() { echo "limits: {cpu: 500m, memory: $1}, requests: {cpu: 10m, memory: $1}"; }
+# container NAME FIELDS [COMMANDS]: a mapping. The container runs COMMANDS after its first read.
+container() {
+    echo "{name: $1, image: \"$busybox\", imagePullPolicy: $pull, command: [sh, -c,"
+    echo "  'head -1 /proc/meminfo >/tmp/first; ${3:+$3; }exec sleep 1000000'], $2}"
+}
+
+sidecar_fields() {
+    echo "initContainers: [$(container side "restartPolicy: Always, resources: {$(limits 32Mi)}")],"
+    echo "containers: [$(container app "resources: {$(limits 64Mi)}")]"
+}
+user_namespace_fields() {
+    echo "hostUsers: false, containers: [$(container app "resources: {$(limits 64Mi)}")]"
+}
+pod_level_fields() {
+    echo "resources: {$(limits 64Mi)}, containers: [$(container app "resources: {}")]"
+}
+# The container reads as soon as the limit in its cgroup is 96 MiB.
+resized_fields() {
+    local commands policy='resizePolicy: [{resourceName: memory, restartPolicy: NotRequired}]'
+    commands='cd /sys/fs/cgroup; until grep -qx 100663296 memory.max memory/memory.limit_in_bytes'
+    commands+=' 2>/dev/null; do usleep 10000; done; head -1 /proc/meminfo >/tmp/read'
+    commands+='; mv /tmp/read /tmp/resized'
+    echo "containers: [$(container app "resources: {$(limits 64Mi)}, $policy" "$commands")]"
+}
+
+# apply_pod NAME OPTION...: a pod that has opted in, with the fields that NAME_fields prints. A
+# server drops fields that it does not know, or whose feature is off.
+apply_pod() {
+    kubectl apply --validate=false "${@:2}" -f - <<YAML
+apiVersion: v1
+kind: Pod
+metadata: {name: "${1//_/-}", annotations: {$opt_in}}
+spec: {
+  terminationGracePeriodSeconds: 0,
+  $("${1}_fields")
+}
+YAML
+}
+start_pod() {
+    local pod=${1//_/-}
+    apply_pod "$1" >/dev/null
+    kubectl wait --for=condition=Ready "pod/$pod" --timeout=120s >/dev/null ||
+        fail "the pod $pod is not ready: $(kubectl get pod "$pod" -o 'jsonpath={.status}')"
+}
+delete_pod() { kubectl delete pod "${1//_/-}" --wait >/dev/null; }
+
+# keeps NAME FIELD: whether the server keeps FIELD of the pod.
+keeps() {
+    local value
+    value=$(apply_pod "$1" --dry-run=server -o "jsonpath={.spec.$2}") ||
+        fail "the server refuses the pod ${1//_/-}"
+    [ -n "$value" ]
+}
+of_nodes() { kubectl get nodes -o "jsonpath={range .items[*]}{.status.$1}{\"\\n\"}{end}"; }
+
+lacks_sidecar() {
+    keeps sidecar 'initContainers[0].restartPolicy' || echo "sidecar containers (Kubernetes 1.29)"
+}
+lacks_user_namespace() {
+    if ! keeps user_namespace hostUsers; then
+        echo "user namespaces (Kubernetes 1.33)"
+    elif of_nodes 'runtimeHandlers[*].features.userNamespaces' | has -v true; then
+        echo "a runtime on each node that has user namespaces (containerd 2)"
+    fi
+}
+lacks_pod_level() {
+    keeps pod_level resources.limits.memory || echo "Pod-level resources (Kubernetes 1.34)"
+}
+lacks_resized() {
+    if ! kubectl get --raw /api/v1 | has '"pods/resize"'; then
+        echo "in-place resize (Kubernetes 1.33)"
+    elif ! kubectl patch --help | has resize; then
+        echo "a kubectl that can resize pods (1.32)"
+    fi
+}
+lacks_containerd_2() {
+    local versions
+    versions=$(of_nodes nodeInfo.containerRuntimeVersion)
+    has '^containerd://2' <<<"$versions" ||
+        echo "a node with containerd 2: ${versions//$'\n'/, }"
+}
+
+# feature_step FEATURE FUNCTION: a step that needs a feature of the cluster.
+feature_step() {
+    local lacks
+    lacks=$("lacks_$1")
+    if [ -n "$lacks" ]; then
+        say "left out, the cluster lacks $lacks: ${2//_/ }"
+    else
+        step "$2"
+    fi
 }
 
 # ---- the steps --------------------------------------------------------------------------------
@@ -470,6 +584,51 @@ new_pods_get_views_in_time() {
     eventually 10 "the new pod sees its limit" all_pods sees_limit later
     all_pods first_read_saw_limit later || fail "the first read saw the node, despite NRI"
 }
+
+a_sidecar_container_sees_its_own_limit() {
+    start_pod sidecar
+    sees_from_the_start sidecar side 32768 1
+    sees_from_the_start sidecar app 65536 1
+    delete_pod sidecar
+}
+
+a_pod_with_a_user_namespace_sees_its_limit() {
+    start_pod user_namespace
+    ! kubectl exec user-namespace -- cat /proc/self/uid_map | has ' 0  *4294967295' ||
+        fail "the pod has the user namespace of the node"
+    sees_from_the_start user-namespace app 65536 1
+    delete_pod user_namespace
+}
+
+# lxcfs 7, which serves cgroup v2, takes a CPU limit of the pod into account.
+a_container_without_limit_sees_that_of_its_pod() {
+    local cpus=
+    start_pod pod_level
+    if kubectl exec pod-level -- test -e /sys/fs/cgroup/cgroup.controllers; then cpus=1; fi
+    sees_from_the_start pod-level app 65536 "$cpus"
+    delete_pod pod_level
+}
+
+a_resized_container_sees_its_new_limit_at_the_next_read() {
+    local cpus node restarts seen
+    start_pod resized
+    sees_from_the_start resized app 65536 1
+    node=$(kubectl get pod resized -o 'jsonpath={.spec.nodeName}')
+    cpus=$(kubectl get node "$node" -o 'jsonpath={.status.capacity.cpu}')
+    kubectl patch pod resized --subresource resize --type=json -p "[{\"op\":\"replace\",
+        \"path\":\"/spec/containers/0/resources/limits\",
+        \"value\":{\"cpu\":\"1500m\",\"memory\":\"96Mi\"}}]" >/dev/null
+    eventually 90 "the cgroup has the new limit" kubectl exec resized -- test -e /tmp/resized
+    seen=$(kubectl exec resized -- cat /tmp/resized)
+    has ' 98304 kB' <<<"$seen" || fail "the next read saw: $seen"
+    eventually 20 "the container sees the new limits" \
+        container_sees resized app 98304 $((cpus < 2 ? cpus : 2))
+    restarts=$(kubectl get pod resized -o 'jsonpath={.status.containerStatuses[0].restartCount}')
+    [ "$restarts" = 0 ] || fail "the container was restarted"
+    delete_pod resized
+}
+
+all_steps_run_on_containerd_2() { of_nodes nodeInfo.containerRuntimeVersion >&2; }
 
 pods_start_without_lxcfs_and_get_views_later() {
     local lxcfs=daemonset/kube-lxcfs-lxcfs
@@ -721,6 +880,11 @@ main() {
     step an_upgrade_of_lxcfs_fails_no_read
     node_step views_outlive_restarts_of_containerd_and_kubelet
     step new_pods_get_views_in_time
+    feature_step containerd_2 all_steps_run_on_containerd_2
+    feature_step sidecar a_sidecar_container_sees_its_own_limit
+    feature_step user_namespace a_pod_with_a_user_namespace_sees_its_limit
+    feature_step pod_level a_container_without_limit_sees_that_of_its_pod
+    feature_step resized a_resized_container_sees_its_new_limit_at_the_next_read
     step pods_start_without_lxcfs_and_get_views_later
     node_step views_return_after_a_reboot_of_the_node
     node_step without_nri_and_runtime_events_the_watch_suffices
