@@ -325,6 +325,8 @@ http() {
         if wait_for 10 has "^Forwarding from 127" "$dir/forward"; then
             local_port=$(sed -n 's/^Forwarding from 127.0.0.1:\([0-9]*\) .*/\1/p' "$dir/forward")
             get "$local_port" "$1" || true
+        else
+            sed "s|^|port-forward to $pod: |" "$dir/forward" >&2
         fi
         kill "$forward" 2>/dev/null || true
         wait "$forward" 2>/dev/null || true
@@ -422,9 +424,12 @@ lacks_sidecar() {
     keeps sidecar 'initContainers[0].restartPolicy' || echo "sidecar containers (Kubernetes 1.29)"
 }
 lacks_user_namespace() {
+    local supported
+    supported=$(of_nodes 'runtimeHandlers[*].features.userNamespaces') ||
+        fail "failed to list the nodes"
     if ! keeps user_namespace hostUsers; then
         echo "user namespaces (Kubernetes 1.33)"
-    elif of_nodes 'runtimeHandlers[*].features.userNamespaces' | has -v true; then
+    elif has -v true <<<"$supported"; then
         echo "a runtime on each node that has user namespaces (containerd 2)"
     fi
 }
@@ -432,7 +437,9 @@ lacks_pod_level() {
     keeps pod_level resources.limits.memory || echo "Pod-level resources (Kubernetes 1.34)"
 }
 lacks_resized() {
-    if ! kubectl get --raw /api/v1 | has '"pods/resize"'; then
+    local resources
+    resources=$(kubectl get --raw /api/v1) || fail "failed to list the API server's resources"
+    if ! has '"pods/resize"' <<<"$resources"; then
         echo "in-place resize (Kubernetes 1.33)"
     elif ! kubectl patch --help | has resize; then
         echo "a kubectl that can resize pods (1.32)"
@@ -440,7 +447,7 @@ lacks_resized() {
 }
 lacks_containerd_2() {
     local versions
-    versions=$(of_nodes nodeInfo.containerRuntimeVersion)
+    versions=$(of_nodes nodeInfo.containerRuntimeVersion) || fail "failed to list the nodes"
     has '^containerd://2' <<<"$versions" ||
         echo "a node with containerd 2: ${versions//$'\n'/, }"
 }
@@ -448,7 +455,7 @@ lacks_containerd_2() {
 # feature_step FEATURE FUNCTION: a step that needs a feature of the cluster.
 feature_step() {
     local lacks
-    lacks=$("lacks_$1")
+    lacks=$("lacks_$1") || exit
     if [ -n "$lacks" ]; then
         say "left out, the cluster lacks $lacks: ${2//_/ }"
     else
