@@ -320,6 +320,8 @@ image_of() {
 http() {
     local forward local_port pod
     for pod in $(component_pods agent); do
+        # The background process truncates the file later: it may still hold the last port.
+        : >"$dir/forward"
         kubectl -n "$namespace" port-forward "$pod" ":$port" >"$dir/forward" 2>&1 &
         forward=$!
         if wait_for 10 has "^Forwarding from 127" "$dir/forward"; then
