@@ -166,11 +166,15 @@ async fn serving(path: &Path) -> Check {
     match lxcfs::find(&workers, path).await {
         Ok(lxcfs) => {
             let version = lxcfs::version_at(path);
+            let at = path.to_owned();
+            let missing = workers.run(move |_| lxcfs::missing_options(&at)).await;
             let path = path.display();
             let named = version.as_ref().map(|version| format!("version {version} "));
             let named = named.unwrap_or_default();
             let detail = format!("{named}serves {} at {path}", lxcfs.serving().files);
             if let Some(why) = version.and_then(|v| wrong_values(&v, CgroupVersion::of_node())) {
+                warn("lxcfs", format!("{detail}; {why}"))
+            } else if let Some(why) = missing.ok().and_then(|options| without(&options)) {
                 warn("lxcfs", format!("{detail}; {why}"))
             } else if lxcfs.writable {
                 let why = "without cpu, because lxcfs is writable; make it read-only:";
@@ -181,6 +185,19 @@ async fn serving(path: &Path) -> Check {
         }
         Err(e) => fail("lxcfs", e),
     }
+}
+
+/// What follows from options that lxcfs was started without, and the remedy.
+fn without(options: &[(&str, &str)]) -> Option<String> {
+    if options.is_empty() {
+        return None;
+    }
+    let effects: Vec<_> =
+        options.iter().map(|(option, effect)| format!("without {option}, {effect}")).collect();
+    Some(format!(
+        "{}; start lxcfs with these options, as the drop-in manifests/systemd/lxcfs.service.d does",
+        effects.join("; ")
+    ))
 }
 
 /// What a version of lxcfs shows wrongly on the node's cgroup version, by lxcfs's release notes.

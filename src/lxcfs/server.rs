@@ -75,6 +75,39 @@ fn choose<T: Ord>(
     unnamed.filter(|holder| may_serve(holder.pid)).max_by_key(|holder| started(holder.pid))
 }
 
+/// Options without which lxcfs shows values of the node, and these values.
+const OPTIONS: [(&str, &str); 2] = [
+    ("--enable-cfs", "cpuinfo, stat and cpu/online show the node's CPUs, whatever the quota"),
+    ("--enable-loadavg", "loadavg is the node's"),
+];
+
+/// The options that the lxcfs at `path` was started without, each with what follows. Empty if its
+/// process was not found. Blocks.
+pub fn missing_options(path: &Path) -> Vec<(&'static str, &'static str)> {
+    let process = super::identify(path).and_then(|id| serving_process(id, path).ok().flatten());
+    process.map_or_else(Vec::new, |s| missing_in(&fuse::arguments(s.process.pid())))
+}
+
+fn missing_in(arguments: &[Vec<u8>]) -> Vec<(&'static str, &'static str)> {
+    // `-l` is `--enable-loadavg`, alone or with other letters, as in `-fl`. What follows `o` or `p`
+    // is their value.
+    let has_short = |argument: &[u8]| match argument {
+        [b'-', letters @ ..] if !letters.starts_with(b"-") => {
+            letters.iter().take_while(|l| !matches!(l, b'o' | b'p')).any(|l| *l == b'l')
+        }
+        _ => false,
+    };
+    let has = |option: &str| {
+        arguments.iter().any(|argument| {
+            argument == option.as_bytes()
+                || option == "--enable-loadavg" && has_short(argument.as_slice())
+        })
+    };
+    // Without arguments, the process has ended.
+    let ended = arguments.iter().all(Vec::is_empty);
+    OPTIONS.into_iter().filter(|(option, _)| !ended && !has(option)).collect()
+}
+
 /// Every lxcfs of our mount namespace whose arguments name this path, even if its mount is
 /// detached, and its device where the kernel reports it. An lxcfs of another mount namespace serves
 /// another path of the same name. Blocks.
@@ -142,6 +175,23 @@ fn mount_namespace(pid: &str) -> Option<(u64, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn options_of_lxcfs_are_found_in_its_arguments() {
+        for (line, expected) in [
+            ("lxcfs /var/lib/lxcfs", &["--enable-cfs", "--enable-loadavg"][..]),
+            ("lxcfs -f --enable-cfs --enable-loadavg /var/lib/lxcfs", &[]),
+            ("lxcfs -fl --enable-cfs /var/lib/lxcfs", &[]),
+            ("lxcfs -p/run/l --enable-cfs -o allow_all /lxcfs", &["--enable-loadavg"]),
+            ("lxcfs --enable-cfsx -l /lxcfs", &["--enable-cfs"]),
+            ("", &[]),
+        ] {
+            let arguments: Vec<Vec<u8>> =
+                line.split_whitespace().map(|argument| argument.as_bytes().to_vec()).collect();
+            let missing: Vec<&str> = missing_in(&arguments).into_iter().map(|(o, _)| o).collect();
+            assert_eq!(missing, expected, "{line}");
+        }
+    }
 
     #[test]
     fn only_the_whole_file_system_is_a_serving_mount() {

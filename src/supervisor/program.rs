@@ -23,9 +23,11 @@ const INSTALLED: &str = "lxcfs";
 const LIBRARY: &str = "liblxcfs.so";
 /// Options that are used if this lxcfs has them: load average, CPU limits as CPU counts, and
 /// pidfds.
-const OPTIONS: [&str; 3] = ["--enable-loadavg", "--enable-cfs", "--enable-pidfd"];
-/// The first version that serves cgroup v2 only.
+const OPTIONS: [&str; 3] = ["--enable-loadavg", "--enable-cfs", PIDFD];
+/// The first version that serves cgroup v2 only. It always uses pidfds, and still lists the option
+/// in its help, but warns of it.
 const CGROUP2_ONLY: u32 = 7;
+const PIDFD: &str = "--enable-pidfd";
 /// The limit for `lxcfs --help` and `lxcfs --version`.
 const TIMEOUT: Duration = Duration::from_secs(10);
 /// The attempts of these if they are killed by a signal.
@@ -58,7 +60,7 @@ impl Program {
             return Err(Error::Cgroup2Only { bin, version });
         }
         let help = program.output("--help").await?;
-        program.options = OPTIONS.into_iter().filter(|option| help.contains(option)).collect();
+        program.options = options_of(&help, &program.version);
         Ok(program)
     }
 
@@ -126,10 +128,21 @@ fn parse_version(output: &str) -> String {
     words.find(is_version).unwrap_or("unknown").to_owned()
 }
 
+/// Those of [`OPTIONS`] that this version has, by its help text.
+fn options_of(help: &str, version: &str) -> Vec<&'static str> {
+    let has_default = |option| option == PIDFD && is_cgroup2_only(version);
+    let needed = OPTIONS.into_iter().filter(|option| !has_default(*option));
+    needed.filter(|option| help.contains(option)).collect()
+}
+
 /// Whether a version can serve this cgroup version. An unknown one is tried.
 fn fits(version: &str, cgroups: CgroupVersion) -> bool {
+    cgroups == CgroupVersion::V2 || !is_cgroup2_only(version)
+}
+
+fn is_cgroup2_only(version: &str) -> bool {
     let major = version.split('.').next().and_then(|major| major.parse().ok());
-    cgroups == CgroupVersion::V2 || major.is_none_or(|major: u32| major < CGROUP2_ONLY)
+    major.is_some_and(|major: u32| major >= CGROUP2_ONLY)
 }
 
 #[cfg(test)]
@@ -161,6 +174,15 @@ mod tests {
         ] {
             assert_eq!(fits(version, cgroups), expected, "{version} {cgroups:?}");
         }
+    }
+
+    #[test]
+    fn options_are_those_that_the_version_has_and_needs() {
+        let help = "-l, --enable-loadavg\n--enable-cfs\n--enable-pidfd\n";
+        assert_eq!(options_of(help, "5.0.3"), OPTIONS);
+        assert_eq!(options_of(help, "unknown"), OPTIONS);
+        assert_eq!(options_of(help, "7.0.0"), ["--enable-loadavg", "--enable-cfs"]);
+        assert_eq!(options_of("--enable-cfs", "4.0.0"), ["--enable-cfs"]);
     }
 
     #[test]

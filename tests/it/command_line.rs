@@ -179,6 +179,27 @@ fn without<T: Send + 'static>(
 }
 
 #[test]
+fn check_names_missing_options_of_lxcfs() {
+    isolated(|| {
+        for (options, missing) in [
+            (&["--enable-cfs", "-l"][..], &[][..]),
+            (&["-l"], &["--enable-cfs"]),
+            (&[], &["--enable-cfs", "--enable-loadavg"]),
+        ] {
+            let lxcfs = Lxcfs::with_options(options);
+            let check = stdout(&run(&["check", "--lxcfs-path", lxcfs.path()]));
+            let line = check.lines().find(|line| line.contains("  lxcfs ")).unwrap();
+            let verdict = if missing.is_empty() { "ok" } else { "warn" };
+            assert!(line.starts_with(verdict), "{line}");
+            for option in ["--enable-cfs", "--enable-loadavg"] {
+                let named = line.contains(&format!("without {option},"));
+                assert_eq!(named, missing.contains(&option), "{line}");
+            }
+        }
+    });
+}
+
+#[test]
 fn missing_system_calls_are_named() {
     isolated(|| {
         let calls = [

@@ -18,6 +18,9 @@ pub(crate) struct Lxcfs {
     dir: TempDir,
 }
 
+/// The options that the supervisor starts it with.
+const OPTIONS: [&str; 3] = ["--enable-loadavg", "--enable-cfs", "--enable-pidfd"];
+
 impl Lxcfs {
     pub(crate) fn start() -> Lxcfs {
         let dir = tempfile::tempdir().unwrap();
@@ -31,22 +34,28 @@ impl Lxcfs {
         Lxcfs::with(path.to_owned(), tempfile::tempdir().unwrap())
     }
 
+    /// With these options in place of the usual ones.
+    pub(crate) fn with_options(options: &[&str]) -> Lxcfs {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lxcfs");
+        fs::create_dir(&path).unwrap();
+        let process = Lxcfs::serve(&path, dir.path(), options);
+        Lxcfs { path, process, dir }
+    }
+
     fn with(path: PathBuf, dir: TempDir) -> Lxcfs {
-        let process = Lxcfs::serve(&path, dir.path());
+        let process = Lxcfs::serve(&path, dir.path(), &OPTIONS);
         Lxcfs { path, process, dir }
     }
 
     /// Starts it again at the same path.
     pub(crate) fn restart(&mut self) {
-        self.process = Lxcfs::serve(&self.path, self.dir.path());
+        self.process = Lxcfs::serve(&self.path, self.dir.path(), &OPTIONS);
     }
 
-    fn serve(path: &Path, dir: &Path) -> Running {
+    fn serve(path: &Path, dir: &Path, options: &[&str]) -> Running {
         let mut lxcfs = program("lxcfs");
-        lxcfs
-            .args(["-f", "-l", "--enable-cfs", "--enable-pidfd", "-o", "ro", "-p"])
-            .arg(dir.join("pid"))
-            .arg(path);
+        lxcfs.args(options).args(["-f", "-o", "ro", "-p"]).arg(dir.join("pid")).arg(path);
         let process = Running::start(&mut lxcfs, &dir.join("log"));
         wait_until_serving(path, &process);
         process
