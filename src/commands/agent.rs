@@ -5,7 +5,7 @@ use std::{collections::HashMap, process::ExitCode, sync::Arc};
 use anyhow::{Context, Result, anyhow};
 use tokio::{sync::mpsc, task::JoinSet};
 
-use super::{check, raise_descriptor_limit, unsupported, workers};
+use super::{check, unsupported, workers};
 use crate::{
     admin::{self, AppState},
     agent::{
@@ -31,7 +31,6 @@ const RESERVED_WORKERS: usize = 1;
 const CHANNEL_CAPACITY: usize = 256;
 
 pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
-    raise_descriptor_limit();
     check::require_capabilities()?;
     if let Err(missing) = syscalls::verify_syscalls(Purpose::Mount) {
         return unsupported::run_agent(missing, common, args.listen).await;

@@ -40,8 +40,8 @@ pub fn run(cli: Cli) -> ExitCode {
     })
 }
 
-/// Raises the limit of open descriptors to the most that is allowed, for the agent and the
-/// supervisor: they hold some for each container.
+/// Raises the limit of open descriptors to the most that is allowed, for whatever holds some for
+/// each container.
 fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
@@ -70,6 +70,7 @@ async fn dispatch(Cli { common, command }: Cli) -> Result<ExitCode> {
 
 /// Starts the threads that enter containers, after a check that they can do what is required.
 fn workers(threads: Option<u16>, purpose: Purpose) -> Result<Workers> {
+    raise_descriptor_limit();
     check::require_capabilities()?;
     syscalls::verify_syscalls(purpose)?;
     let cpus = std::thread::available_parallelism().map_or(1, |n| n.get().min(4));

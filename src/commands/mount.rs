@@ -15,7 +15,7 @@ use crate::{
         status::Operation,
         view::{FileSet, ViewFile},
     },
-    mount::{self, LxcfsFiles, Outcome, Task, Workers},
+    mount::{self, Outcome, Task, Workers},
     node,
     plan::DesiredView,
     runtime::{Runtime, cgroup, cri::CriClient},
@@ -24,8 +24,9 @@ use crate::{
 
 /// The time that `remount --all` waits for an lxcfs that is starting.
 const STARTUP_WAIT: Duration = Duration::from_secs(5);
-/// The limit of containers that a command works on concurrently.
-const CONCURRENCY: usize = 16;
+/// The limit of containers that a command changes concurrently, each on a thread. Most of the cost
+/// of a detach is waiting for RCU, so there are many, for any number of CPUs.
+const CONCURRENCY: usize = 48;
 
 pub(super) async fn mount(
     common: Common,
@@ -37,7 +38,8 @@ pub(super) async fn mount(
     let process = process(&common, target.pid, target.container.as_deref()).await?;
     let lxcfs = lxcfs::find(&workers, &common.lxcfs_path).await?;
     let desired = DesiredView::AtLeast(files.unwrap_or(FileSet::ALL));
-    apply_and_print(&workers, vec![process], desired, Some(lxcfs), output).await
+    let task = Task::reconcile(desired, Some(lxcfs));
+    apply_and_print(&workers, vec![(process, None)], task, output).await
 }
 
 pub(super) async fn umount(
@@ -46,8 +48,9 @@ pub(super) async fn umount(
     output: Output,
 ) -> Result<ExitCode> {
     let workers = workers(None, Purpose::Remove)?;
-    let processes = processes(&workers, &common, target).await?;
-    apply_and_print(&workers, processes, DesiredView::Absent, None, output).await
+    let task = Task::reconcile(DesiredView::Absent, None);
+    let processes = processes(&workers, &common, target, &task).await?;
+    apply_and_print(&workers, processes, task, output).await
 }
 
 pub(super) async fn remount(
@@ -60,8 +63,9 @@ pub(super) async fn remount(
     // lxcfs serves.
     let timeout = if target.all { STARTUP_WAIT } else { Duration::ZERO };
     let lxcfs = lxcfs::wait_until_serving(timeout, &workers, &common.lxcfs_path).await?;
-    let processes = processes(&workers, &common, target).await?;
-    apply_and_print(&workers, processes, DesiredView::REMOUNT_ONLY, Some(lxcfs), output).await
+    let task = Task::reconcile(DesiredView::REMOUNT_ONLY, Some(lxcfs));
+    let processes = processes(&workers, &common, target, &task).await?;
+    apply_and_print(&workers, processes, task, output).await
 }
 
 async fn process(
@@ -97,16 +101,22 @@ fn match_prefix<'a>(running: &'a [ContainerId], prefix: &ContainerId) -> Result<
     }
 }
 
+/// A process, and the outcome of the command's task if it is known to need no step.
+type ProcessAndOutcome = (Arc<Process>, Option<Outcome>);
+
 async fn processes(
     workers: &Workers,
     common: &Common,
     target: TargetOrAll,
-) -> Result<Vec<Arc<Process>>> {
+    task: &Task,
+) -> Result<Vec<ProcessAndOutcome>> {
     if target.all {
         let viewed = node::views(workers).await.context("failed to scan /proc")?;
-        return Ok(viewed.into_iter().map(|v| v.process).collect());
+        let with_outcome =
+            viewed.into_iter().map(|v| (v.process, task.outcome_without_steps(&v.observed)));
+        return Ok(with_outcome.collect());
     }
-    Ok(vec![process(common, target.pid, target.container.as_deref()).await?])
+    Ok(vec![(process(common, target.pid, target.container.as_deref()).await?, None)])
 }
 
 /// The changes that a command made to one container.
@@ -170,17 +180,24 @@ impl ContainerReport {
 /// Reconciles each process's mount namespace and prints the changes.
 async fn apply_and_print(
     workers: &Workers,
-    processes: Vec<Arc<Process>>,
-    desired: DesiredView,
-    lxcfs: Option<Arc<LxcfsFiles>>,
+    processes: Vec<ProcessAndOutcome>,
+    task: Task,
     output: Output,
 ) -> Result<ExitCode> {
-    let reconciles = stream::iter(processes).map(|process| {
-        let lxcfs = lxcfs.clone();
+    let changing = processes.iter().filter(|(_, outcome)| outcome.is_none()).count();
+    if changing > 1
+        && let Err(cause) = workers.add(changing.min(CONCURRENCY))
+    {
+        tracing::warn!(%cause, "failed to start more threads that mount");
+    }
+    let reconciles = stream::iter(processes).map(|(process, outcome)| {
+        let task = task.clone();
         async move {
             let pid = process.pid();
-            let reconciled =
-                mount::reconcile(workers, process, Task::reconcile(desired, lxcfs)).await;
+            if let Some(outcome) = outcome {
+                return ContainerReport::new(pid, outcome, None);
+            }
+            let reconciled = mount::reconcile(workers, process, task).await;
             match reconciled.unwrap_or_else(|timeout| Err(timeout.error.into())) {
                 Ok(outcome) => ContainerReport::new(pid, outcome, None),
                 Err(e) => {

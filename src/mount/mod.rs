@@ -149,6 +149,12 @@ impl Task {
         Task::Reconcile { desired, lxcfs, adopt: false }
     }
 
+    /// The outcome of the task in a container with these mounts, if it needs no step.
+    pub fn outcome_without_steps(&self, observed: &ObservedMounts) -> Option<Outcome> {
+        let Plan { steps, skipped, view } = self.plan(observed);
+        steps.is_empty().then(|| Outcome { done: Vec::new(), skipped, view })
+    }
+
     fn plan(&self, observed: &ObservedMounts) -> Plan {
         match self {
             Task::Reconcile { desired, lxcfs, adopt } => {

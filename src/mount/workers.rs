@@ -120,10 +120,16 @@ impl Workers {
         });
         let close = Arc::new(CloseOnDrop(pool.clone()));
         let workers = Workers { pool, urgent: false, _close: close };
-        for _ in 0..threads.max(1) {
-            workers.pool.spawn(ThreadKind::Any)?;
-        }
+        workers.add(threads.max(1))?;
         Ok(workers)
+    }
+
+    /// Starts more threads, for any job.
+    ///
+    /// # Errors
+    /// As [`Workers::start`].
+    pub fn add(&self, threads: usize) -> io::Result<()> {
+        self.pool.spawn(threads, ThreadKind::Any)
     }
 
     /// Starts more threads, for urgent jobs only.
@@ -131,7 +137,7 @@ impl Workers {
     /// # Errors
     /// As [`Workers::start`].
     pub fn reserve(&self, threads: usize) -> io::Result<()> {
-        (0..threads).try_for_each(|_| self.pool.spawn(ThreadKind::Reserved))
+        self.pool.spawn(threads, ThreadKind::Reserved)
     }
 
     /// The same pool, for jobs that others wait for: they come before all jobs that are not urgent.
@@ -223,24 +229,30 @@ impl Pool {
             self.hung.fetch_sub(1, Ordering::SeqCst);
             return;
         }
-        if let Err(cause) = self.spawn(thread.kind) {
+        if let Err(cause) = self.spawn(1, thread.kind) {
             tracing::error!(%cause, "failed to replace a hung worker thread");
         }
     }
 
-    fn spawn(self: &Arc<Self>, kind: ThreadKind) -> io::Result<()> {
-        let pool = self.clone();
-        let (ready_tx, ready) = mpsc::sync_channel(1);
-        let thread = move || {
-            let context = match WorkerContext::new() {
-                Ok(context) => context,
-                Err(e) => return drop(ready_tx.send(Err(e))),
+    /// Starts threads, all at the same time, and waits until they are ready.
+    fn spawn(self: &Arc<Self>, threads: usize, kind: ThreadKind) -> io::Result<()> {
+        let (ready_tx, ready) = mpsc::channel();
+        for _ in 0..threads {
+            let (pool, ready_tx) = (self.clone(), ready_tx.clone());
+            let thread = move || {
+                let context = match WorkerContext::new() {
+                    Ok(context) => context,
+                    Err(e) => return drop(ready_tx.send(Err(e))),
+                };
+                let _ = ready_tx.send(Ok(()));
+                drop(ready_tx);
+                pool.work(&context, kind);
             };
-            let _ = ready_tx.send(Ok(()));
-            pool.work(&context, kind);
-        };
-        thread::Builder::new().name("mount".into()).stack_size(256 << 10).spawn(thread)?;
-        ready.recv().unwrap_or_else(|_| Err(io::Error::other("the thread exited at its start")))
+            thread::Builder::new().name("mount".into()).stack_size(256 << 10).spawn(thread)?;
+        }
+        drop(ready_tx);
+        let exited = || Err(io::Error::other("the thread exited at its start"));
+        (0..threads).try_for_each(|_| ready.recv().unwrap_or_else(|_| exited()))
     }
 
     /// Waits for the next job of a thread of this kind. `None` when the pool is closed.

@@ -23,11 +23,12 @@ impl Scan {
     /// # Errors
     /// Fails if `/proc` cannot be listed.
     pub fn processes(&mut self) -> io::Result<Vec<Arc<Process>>> {
-        let mut found = Vec::new();
-        for pid in numbers("/proc")? {
-            found.extend(self.take(&format!("/proc/{pid}"), || Process::open(pid)));
-        }
-        Ok(found)
+        Ok(self.processes_among(numbers("/proc")?))
+    }
+
+    fn processes_among(&mut self, pids: impl IntoIterator<Item = i64>) -> Vec<Arc<Process>> {
+        let take = |pid| self.take(&format!("/proc/{pid}"), || Process::open(pid));
+        pids.into_iter().filter_map(take).collect()
     }
 
     /// One thread of every other namespace: a thread can leave the namespace of its process, or
@@ -36,9 +37,13 @@ impl Scan {
     /// # Errors
     /// Fails if `/proc` cannot be listed.
     pub fn threads(&mut self) -> io::Result<Vec<Arc<Process>>> {
+        Ok(self.threads_among(numbers("/proc")?))
+    }
+
+    fn threads_among(&mut self, pids: impl IntoIterator<Item = i64>) -> Vec<Arc<Process>> {
         let mut found = Vec::new();
         let own = i64::from(std::process::id());
-        for pid in numbers("/proc")?.filter(|pid| *pid != own) {
+        for pid in pids.into_iter().filter(|pid| *pid != own) {
             let tasks = format!("/proc/{pid}/task");
             // One link for each thread, beside `.` and `..` (proc_task_getattr(), fs/proc/base.c).
             if std::fs::metadata(&tasks).map_or(0, |tasks| tasks.nlink()) <= 3 {
@@ -50,17 +55,18 @@ impl Scan {
                 found.extend(self.take(&format!("{tasks}/{tid}"), open));
             }
         }
-        Ok(found)
+        found
     }
 
-    /// All that [`Scan::processes`] and [`Scan::threads`] find.
+    /// All that [`Scan::processes`] and [`Scan::threads`] find, by one listing of `/proc`.
     ///
     /// # Errors
     /// Fails if `/proc` cannot be listed.
     pub fn all() -> io::Result<Vec<Arc<Process>>> {
         let mut scan = Scan::new()?;
-        let mut found = scan.processes()?;
-        found.extend(scan.threads()?);
+        let pids: Vec<i64> = numbers("/proc")?.collect();
+        let mut found = scan.processes_among(pids.iter().copied());
+        found.extend(scan.threads_among(pids));
         Ok(found)
     }
 

@@ -342,6 +342,27 @@ fn agent_without_node_or_api_server_is_an_error() {
 }
 
 #[test]
+fn all_containers_with_few_descriptors_are_found() {
+    isolated(|| {
+        let lxcfs = Lxcfs::start();
+        let targets: Vec<Bare> = (0..24).map(|_| Bare::start()).collect();
+        for target in &targets {
+            let pid = target.pid.to_string();
+            succeeds(&["mount", "--pid", &pid, "--lxcfs-path", lxcfs.path()]);
+        }
+        let binary = kube_lxcfs();
+        let removed = program("prlimit")
+            .args(["--nofile=32:4096", "--"])
+            .arg(binary.get_program())
+            .args(["umount", "--all"])
+            .output()
+            .unwrap();
+        assert!(removed.status.success(), "{}", stderr(&removed));
+        assert_eq!(stdout(&removed).matches("removed").count(), targets.len());
+    });
+}
+
+#[test]
 fn all_views_are_shown_remounted_and_removed() {
     isolated(|| {
         let (old, new) = (Lxcfs::start(), Lxcfs::start());
