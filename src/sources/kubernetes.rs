@@ -32,7 +32,7 @@ use crate::{
 /// Watches the pods of `node` until the receiver is dropped.
 pub async fn watch_pods(client: Client, node: String, updates: Sender<Update>) {
     let api: Api<SlimPod> = Api::all(client);
-    let config = Config::default().fields(&format!("spec.nodeName={node}")).any_semantic();
+    let config = cached_lists().fields(&format!("spec.nodeName={node}"));
     let stream = watcher::watcher(api, config).default_backoff();
     let kinds = UpdateKinds {
         replaced: Update::PodsReplaced,
@@ -46,7 +46,7 @@ pub async fn watch_pods(client: Client, node: String, updates: Sender<Update>) {
 pub async fn watch_namespaces(client: Client, updates: Sender<Update>) {
     let api: Api<PartialObjectMeta<core::Namespace>> = Api::all(client);
     // To a watch that selects by the label, a namespace that loses it appears as deleted.
-    let config = Config::default().labels(INJECT_KEY).any_semantic();
+    let config = cached_lists().labels(INJECT_KEY);
     let stream = watcher::watcher(api, config).default_backoff();
     let kinds = UpdateKinds {
         replaced: Update::NamespacesReplaced,
@@ -62,6 +62,12 @@ pub async fn watch_namespaces(client: Client, updates: Sender<Update>) {
         updates,
     )
     .await;
+}
+
+/// Lists come from the API server's cache. They have no pages: kube omits `resourceVersion=0` from
+/// a list with a limit, and the API server then reads all pods of the cluster from etcd.
+fn cached_lists() -> Config {
+    Config { page_size: None, ..Config::default() }.any_semantic()
 }
 
 /// The updates of one kind of object.
@@ -282,6 +288,9 @@ fn into_pod(pod: SlimPod) -> Pod {
 
 #[cfg(test)]
 mod tests {
+    use axum::http::{Request, Response};
+    use kube::client::Body;
+
     use super::*;
 
     /// A pod as a 1.33 API server returns it. Of its init containers one has exited and one is a
@@ -328,6 +337,33 @@ mod tests {
             ("u-1", "shop", "web")
         );
         assert_eq!(pod.annotations.inject.as_deref(), Some("true"));
+    }
+
+    /// The first request that a watch sends. The server refuses it.
+    async fn first_request<W: Future<Output = ()> + Send + 'static>(
+        watch: impl FnOnce(Client, Sender<Update>) -> W,
+    ) -> String {
+        let (requests_tx, mut requests) = tokio::sync::mpsc::channel(8);
+        let service = tower::service_fn(move |request: Request<Body>| {
+            let _ = requests_tx.try_send(request.uri().to_string());
+            let refused = Response::builder().status(500).body(Body::empty()).unwrap();
+            std::future::ready(Ok::<_, std::convert::Infallible>(refused))
+        });
+        let (updates, _receiver) = tokio::sync::mpsc::channel(8);
+        let watching = tokio::spawn(watch(Client::new(service, "default"), updates));
+        let request = requests.recv().await.unwrap();
+        watching.abort();
+        request
+    }
+
+    #[tokio::test]
+    async fn lists_are_requested_from_cache() {
+        let pods = first_request(|client, updates| watch_pods(client, "n".into(), updates)).await;
+        let namespaces = first_request(watch_namespaces).await;
+        for request in [pods, namespaces] {
+            let is_cached = request.contains("resourceVersion=0") && !request.contains("limit=");
+            assert!(is_cached, "{request}");
+        }
     }
 
     #[test]
