@@ -23,7 +23,7 @@ chaos: ## CHAOS_ROUNDS (200) of random failures; KUBE_LXCFS_SEED repeats a run (
 fuzz: ## each fuzz target for FUZZ_SECONDS (default 30; needs a nightly toolchain)
 	hack/fuzz.sh
 
-bench: ## all benchmarks, or only BENCH: mount, commands, table, agent, apiserver, restart or start (root)
+bench: ## all benchmarks, or only BENCH, the name of a file in benches/ (root)
 	hack/test.sh --bench $(BENCH)
 
 vm: ## scenarios in a virtual machine: CELL (kernel-6.12) of hack/vm/run.sh (root)
