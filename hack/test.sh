@@ -23,6 +23,8 @@ hack/offline/busybox-image.sh >/dev/null
 # A containerd 1.7 and a 2.x, for NRI.
 hack/offline/debian.sh trixie containerd >/dev/null
 hack/offline/debian.sh sid containerd >/dev/null
+# The lxcfs of the image for cgroup version 1, with the libraries that it needs.
+hack/offline/debian.sh trixie lxcfs libc6 libfuse3-4 >/dev/null
 hack/offline/helm.sh >/dev/null
 KUBEBUILDER_ASSETS=$(hack/offline/kubernetes.sh)
 export KUBEBUILDER_ASSETS

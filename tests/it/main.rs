@@ -24,3 +24,4 @@ mod kubernetes;
 mod profiles;
 mod restart;
 mod starts;
+mod values;

@@ -3,12 +3,13 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use nix::sys::signal::Signal;
 use tempfile::TempDir;
 
-use super::{Running, eventually, kube_lxcfs, program, send, unmount};
+use super::{Release, Running, cache, eventually, kube_lxcfs, program, send, unmount};
 
 /// An lxcfs without a supervisor.
 #[derive(Debug)]
@@ -16,6 +17,8 @@ pub(crate) struct Lxcfs {
     pub(crate) path: PathBuf,
     pub(crate) process: Running,
     dir: TempDir,
+    /// The program, with its own arguments if a loader runs it.
+    command: Vec<PathBuf>,
 }
 
 /// The options that the supervisor starts it with.
@@ -36,26 +39,42 @@ impl Lxcfs {
 
     /// With these options in place of the usual ones.
     pub(crate) fn with_options(options: &[&str]) -> Lxcfs {
+        Lxcfs::of_with_options(Release::Own, options)
+    }
+
+    /// With the usual options, of a Debian release: 6.0.4 of trixie.
+    pub(crate) fn of(release: Release) -> Lxcfs {
+        Lxcfs::of_with_options(release, &OPTIONS)
+    }
+
+    fn of_with_options(release: Release, options: &[&str]) -> Lxcfs {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lxcfs");
         fs::create_dir(&path).unwrap();
-        let process = Lxcfs::serve(&path, dir.path(), options);
-        Lxcfs { path, process, dir }
+        let command = command_of(release);
+        let process = Lxcfs::serve(&path, dir.path(), &command, options);
+        Lxcfs { path, process, dir, command }
     }
 
     fn with(path: PathBuf, dir: TempDir) -> Lxcfs {
-        let process = Lxcfs::serve(&path, dir.path(), &OPTIONS);
-        Lxcfs { path, process, dir }
+        let command = command_of(Release::Own);
+        let process = Lxcfs::serve(&path, dir.path(), &command, &OPTIONS);
+        Lxcfs { path, process, dir, command }
     }
 
     /// Starts it again at the same path.
     pub(crate) fn restart(&mut self) {
-        self.process = Lxcfs::serve(&self.path, self.dir.path(), &OPTIONS);
+        self.process = Lxcfs::serve(&self.path, self.dir.path(), &self.command, &OPTIONS);
     }
 
-    fn serve(path: &Path, dir: &Path, options: &[&str]) -> Running {
-        let mut lxcfs = program("lxcfs");
-        lxcfs.args(options).args(["-f", "-o", "ro", "-p"]).arg(dir.join("pid")).arg(path);
+    fn serve(path: &Path, dir: &Path, command: &[PathBuf], options: &[&str]) -> Running {
+        let mut lxcfs = Command::new(&command[0]);
+        lxcfs
+            .args(&command[1..])
+            .args(options)
+            .args(["-f", "-o", "ro", "-p"])
+            .arg(dir.join("pid"))
+            .arg(path);
         let process = Running::start(&mut lxcfs, &dir.join("log"));
         wait_until_serving(path, &process);
         process
@@ -71,6 +90,25 @@ impl Drop for Lxcfs {
         self.process.kill();
         unmount(&self.path);
     }
+}
+
+/// The lxcfs of another release runs with the C library of that release, by its loader.
+fn command_of(release: Release) -> Vec<PathBuf> {
+    let root = match release {
+        Release::Own => return vec![program("lxcfs").get_program().into()],
+        Release::Trixie => cache("debian/trixie"),
+        Release::Sid => cache("debian/sid"),
+    };
+    let libraries = root.join(format!("usr/lib/{}-linux-gnu", std::env::consts::ARCH));
+    let mut files = fs::read_dir(&libraries).unwrap().map(|file| file.unwrap().path());
+    let is_loader = |file: &PathBuf| {
+        file.file_name().is_some_and(|name| name.to_string_lossy().starts_with("ld-linux"))
+    };
+    let loader = files.find(is_loader).unwrap_or_else(|| {
+        panic!("this test needs libc6 in {}, which `make test` unpacks", root.display())
+    });
+    let path = format!("{0}:{0}/lxcfs", libraries.display());
+    vec![loader, "--library-path".into(), path.into(), root.join("usr/bin/lxcfs")]
 }
 
 fn wait_until_serving(path: &Path, process: &Running) {
