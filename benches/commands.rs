@@ -1,6 +1,6 @@
 //! Whole commands from outside, over every container of a node: `remount --all`, `umount --all` and
-//! both with nothing to do. In the same run and on the same containers: a loop of `nsenter … mount`
-//! as scripts do it, and the bare system calls, by a program of their own.
+//! both with nothing to do. In the same run, on the same containers: a loop of nsenter(1) and
+//! mount(8) as scripts do it, and the bare system calls, by a program of their own.
 //!
 //!     cargo bench --bench commands             100 containers
 //!     cargo bench --bench commands -- 1000     more
@@ -250,6 +250,6 @@ fn measure(count: usize) {
     };
     remount.report("remount --all", scaled(60, 500));
     umount.report("umount --all", scaled(60, 500));
-    remount_nothing.report("  again", scaled(20, 200));
-    umount_nothing.report("  again", scaled(20, 200));
+    remount_nothing.report("remount again", scaled(20, 200));
+    umount_nothing.report("umount again", scaled(20, 200));
 }
