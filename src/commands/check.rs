@@ -166,38 +166,30 @@ async fn serving(path: &Path) -> Check {
     match lxcfs::find(&workers, path).await {
         Ok(lxcfs) => {
             let version = lxcfs::version_at(path);
-            let at = path.to_owned();
-            let missing = workers.run(move |_| lxcfs::missing_options(&at)).await;
-            let path = path.display();
+            // The search of the processes blocks.
+            let owned = path.to_owned();
+            let enabled = tokio::task::spawn_blocking(move || lxcfs::enabled_at(&owned)).await;
+            let cgroups = CgroupVersion::of_node();
             let named = version.as_ref().map(|version| format!("version {version} "));
             let named = named.unwrap_or_default();
-            let detail = format!("{named}serves {} at {path}", lxcfs.serving().files);
-            if let Some(why) = version.and_then(|v| wrong_values(&v, CgroupVersion::of_node())) {
-                warn("lxcfs", format!("{detail}; {why}"))
-            } else if let Some(why) = missing.ok().and_then(|options| without(&options)) {
-                warn("lxcfs", format!("{detail}; {why}"))
-            } else if lxcfs.writable {
+            let detail = format!("{named}serves {} at {}", lxcfs.serving().files, path.display());
+            let writable = lxcfs.writable.then(|| {
+                let path = path.display();
                 let why = "without cpu, because lxcfs is writable; make it read-only:";
-                warn("lxcfs", format!("{detail}, {why} mount -o remount,ro {path}"))
-            } else {
+                format!("{why} mount -o remount,ro {path}")
+            });
+            let wrong = version.and_then(|version| wrong_values(&version, cgroups));
+            let disabled = enabled.ok().flatten().and_then(disabled);
+            let problems: Vec<String> =
+                [wrong.map(str::to_owned), writable, disabled].into_iter().flatten().collect();
+            if problems.is_empty() {
                 ok("lxcfs", detail)
+            } else {
+                warn("lxcfs", format!("{detail}; {}", problems.join("; ")))
             }
         }
         Err(e) => fail("lxcfs", e),
     }
-}
-
-/// What follows from options that lxcfs was started without, and the remedy.
-fn without(options: &[(&str, &str)]) -> Option<String> {
-    if options.is_empty() {
-        return None;
-    }
-    let effects: Vec<_> =
-        options.iter().map(|(option, effect)| format!("without {option}, {effect}")).collect();
-    Some(format!(
-        "{}; start lxcfs with these options, as the drop-in manifests/systemd/lxcfs.service.d does",
-        effects.join("; ")
-    ))
 }
 
 /// What a version of lxcfs shows wrongly on the node's cgroup version, by lxcfs's release notes.
@@ -213,6 +205,25 @@ fn wrong_values(version: &str, cgroups: CgroupVersion) -> Option<&'static str> {
         }
         _ => None,
     }
+}
+
+/// Which values are the node's, because the arguments of lxcfs do not enable the container's.
+fn disabled(enabled: lxcfs::Enabled) -> Option<String> {
+    let missing: Vec<(&str, &str)> = [
+        (enabled.cfs, "--enable-cfs", "cpuinfo, stat and cpu ignore limits of CPU time"),
+        (enabled.loadavg, "--enable-loadavg", "loadavg is the node's"),
+    ]
+    .into_iter()
+    .filter_map(|(enabled, option, values)| (!enabled).then_some((option, values)))
+    .collect();
+    let (options, values): (Vec<&str>, Vec<&str>) = missing.iter().copied().unzip();
+    let (options, values) = (options.join(" and "), values.join(", and "));
+    (!missing.is_empty()).then(|| {
+        format!(
+            "lxcfs runs without {options}: {values}; start it with them, as the drop-in in \
+             manifests/systemd/lxcfs.service.d does"
+        )
+    })
 }
 
 /// All containers' processes are visible only in the host's pid namespace, which has the kernel

@@ -12,7 +12,7 @@ use rustix::fs::{AtFlags, StatxFlags};
 
 pub use self::{
     finder::{Finder, find, wait_until_serving},
-    server::{missing_options, processes_serving},
+    server::{Enabled, enabled_at, processes_serving},
     shared::{Acquired, SharedLxcfs},
     watcher::{Change, MountTableWatch, NoticedBy, Watcher},
 };

@@ -75,37 +75,53 @@ fn choose<T: Ord>(
     unnamed.filter(|holder| may_serve(holder.pid)).max_by_key(|holder| started(holder.pid))
 }
 
-/// Options without which lxcfs shows values of the node, and these values.
-const OPTIONS: [(&str, &str); 2] = [
-    ("--enable-cfs", "cpuinfo, stat and cpu/online show the node's CPUs, whatever the quota"),
-    ("--enable-loadavg", "loadavg is the node's"),
-];
-
-/// The options that the lxcfs at `path` was started without, each with what follows. Empty if its
-/// process was not found. Blocks.
-pub fn missing_options(path: &Path) -> Vec<(&'static str, &'static str)> {
-    let process = super::identify(path).and_then(|id| serving_process(id, path).ok().flatten());
-    process.map_or_else(Vec::new, |s| missing_in(&fuse::arguments(s.process.pid())))
+/// What the arguments of an lxcfs enable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Enabled {
+    /// `loadavg` is the container's (`-l`, `--enable-loadavg`).
+    pub loadavg: bool,
+    /// `cpuinfo`, `stat` and `cpu` show limits of CPU time (`--enable-cfs`).
+    pub cfs: bool,
 }
 
-fn missing_in(arguments: &[Vec<u8>]) -> Vec<(&'static str, &'static str)> {
-    // `-l` is `--enable-loadavg`, alone or with other letters, as in `-fl`. What follows `o` or `p`
-    // is their value.
-    let has_short = |argument: &[u8]| match argument {
-        [b'-', letters @ ..] if !letters.starts_with(b"-") => {
-            letters.iter().take_while(|l| !matches!(l, b'o' | b'p')).any(|l| *l == b'l')
+/// What the arguments of the lxcfs that is mounted at `path` enable. It is sent no request. `None`
+/// if its process was not found. Blocks while it searches the processes.
+pub fn enabled_at(path: &Path) -> Option<Enabled> {
+    let ServingProcess { process, .. } = serving_process(super::identify(path)?, path).ok()??;
+    let arguments = fuse::arguments(process.pid());
+    // Else they may be another process's, or empty.
+    process.is_alive().then(|| enabled_by(&arguments))
+}
+
+/// As lxcfs reads its arguments (getopt_long(3)): short options can be joined, long ones shortened,
+/// and options can follow the path. The options are the same in lxcfs 5, 6 and 7.
+fn enabled_by(arguments: &[Vec<u8>]) -> Enabled {
+    const PREFIX: &[u8] = b"--enable-";
+    let mut enabled = Enabled::default();
+    let mut arguments = arguments.iter().map(Vec::as_slice).skip_while(|arg| !names_lxcfs(arg));
+    arguments.next();
+    while let Some(argument) = arguments.next() {
+        let is = |option: &[u8]| argument.len() > PREFIX.len() && option.starts_with(argument);
+        match argument {
+            b"--" => break,
+            b"--pidfile" | b"--runtime-dir" => drop(arguments.next()),
+            [b'-', b'-', ..] => {
+                enabled.loadavg |= is(b"--enable-loadavg");
+                enabled.cfs |= is(b"--enable-cfs");
+            }
+            [b'-', short @ ..] => {
+                // These two have a value, in the same argument or the next.
+                let value = short.iter().position(|option| b"op".contains(option));
+                let flags = value.map_or(short, |value| &short[..value]);
+                enabled.loadavg |= flags.contains(&b'l');
+                if value.is_some_and(|value| value + 1 == short.len()) {
+                    arguments.next();
+                }
+            }
+            _ => {}
         }
-        _ => false,
-    };
-    let has = |option: &str| {
-        arguments.iter().any(|argument| {
-            argument == option.as_bytes()
-                || option == "--enable-loadavg" && has_short(argument.as_slice())
-        })
-    };
-    // Without arguments, the process has ended.
-    let ended = arguments.iter().all(Vec::is_empty);
-    OPTIONS.into_iter().filter(|(option, _)| !ended && !has(option)).collect()
+    }
+    enabled
 }
 
 /// Every lxcfs of our mount namespace whose arguments name this path, even if its mount is
@@ -128,12 +144,18 @@ fn is_lxcfs_at(pid: i32, path: &Path) -> bool {
 }
 
 fn are_of_lxcfs_at(arguments: &[Vec<u8>], path: &Path) -> bool {
-    let paths = arguments.iter().map(|arg| Path::new(std::ffi::OsStr::from_bytes(arg)));
-    let (at, others): (Vec<_>, Vec<_>) = paths.partition(|arg| *arg == path);
-    // Its program, or the program that a loader or wrapper runs.
-    let lxcfs =
-        |arg: &&Path| arg.file_name().is_some_and(|name| name.as_bytes().starts_with(b"lxcfs"));
-    !at.is_empty() && others.iter().any(lxcfs)
+    let (at, others): (Vec<&[u8]>, Vec<&[u8]>) =
+        arguments.iter().map(Vec::as_slice).partition(|arg| as_path(arg) == path);
+    !at.is_empty() && others.into_iter().any(names_lxcfs)
+}
+
+/// Whether an argument is lxcfs's program: the process's, or that which a loader or wrapper runs.
+fn names_lxcfs(argument: &[u8]) -> bool {
+    as_path(argument).file_name().is_some_and(|name| name.as_bytes().starts_with(b"lxcfs"))
+}
+
+fn as_path(argument: &[u8]) -> &Path {
+    Path::new(std::ffi::OsStr::from_bytes(argument))
 }
 
 /// Whether the namespace of a process has the whole file system of this device mounted. A container
@@ -177,23 +199,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn options_of_lxcfs_are_found_in_its_arguments() {
-        for (line, expected) in [
-            ("lxcfs /var/lib/lxcfs", &["--enable-cfs", "--enable-loadavg"][..]),
-            ("lxcfs -f --enable-cfs --enable-loadavg /var/lib/lxcfs", &[]),
-            ("lxcfs -fl --enable-cfs /var/lib/lxcfs", &[]),
-            ("lxcfs -p/run/l --enable-cfs -o allow_all /lxcfs", &["--enable-loadavg"]),
-            ("lxcfs --enable-cfsx -l /lxcfs", &["--enable-cfs"]),
-            ("", &[]),
-        ] {
-            let arguments: Vec<Vec<u8>> =
-                line.split_whitespace().map(|argument| argument.as_bytes().to_vec()).collect();
-            let missing: Vec<&str> = missing_in(&arguments).into_iter().map(|(o, _)| o).collect();
-            assert_eq!(missing, expected, "{line}");
-        }
-    }
-
-    #[test]
     fn only_the_whole_file_system_is_a_serving_mount() {
         let dev = Dev { major: 0, minor: 40 };
         for (line, expected) in [
@@ -220,6 +225,24 @@ mod tests {
         let all = [holders.as_slice(), std::slice::from_ref(&named)].concat();
         assert_eq!(choose(&all), Some(named));
         assert_eq!(choose(&holders[2..]), None);
+    }
+
+    #[test]
+    fn arguments_enable_what_lxcfs_reads_in_them() {
+        for (arguments, loadavg, cfs) in [
+            (&["/usr/bin/lxcfs", "/var/lib/lxcfs"][..], false, false),
+            (&["lxcfs", "--enable-loadavg", "--enable-cfs", "/l"], true, true),
+            (&["lxcfs", "-l", "/l"], true, false),
+            (&["lxcfs", "-fl", "/l", "--enable-cf"], true, true),
+            (&["/lib/ld.so", "/usr/bin/lxcfs", "--enable-cfs", "/l"], false, true),
+            (&["lxcfs", "-o", "-l", "-p", "--enable-cfs", "/l"], false, false),
+            (&["lxcfs", "-fpl", "-oro,l", "--pidfile", "-l", "/l"], false, false),
+            (&["lxcfs", "--enable-", "--enable-cgroup", "/l", "--", "-l"], false, false),
+        ] {
+            let bytes: Vec<_> = arguments.iter().map(|a| a.as_bytes().to_vec()).collect();
+            assert_eq!(enabled_by(&bytes), Enabled { loadavg, cfs }, "{arguments:?}");
+        }
+        assert_eq!(enabled_by(&[]), Enabled::default());
     }
 
     #[test]
