@@ -447,11 +447,13 @@ lacks_resized() {
         echo "a kubectl that can resize pods (1.32)"
     fi
 }
-lacks_containerd_2() {
+
+# print_runtimes: of the nodes, on which all steps run.
+print_runtimes() {
     local versions
     versions=$(of_nodes nodeInfo.containerRuntimeVersion) || fail "failed to list the nodes"
-    has '^containerd://2' <<<"$versions" ||
-        echo "a node with containerd 2: ${versions//$'\n'/, }"
+    say "the steps run on ${versions//$'\n'/, }"
+    has '^containerd://2' <<<"$versions" || say "left out, no node has it: containerd 2"
 }
 
 # feature_step FEATURE FUNCTION: a step that needs a feature of the cluster.
@@ -636,8 +638,6 @@ a_resized_container_sees_its_new_limit_at_the_next_read() {
     [ "$restarts" = 0 ] || fail "the container was restarted"
     delete_pod resized
 }
-
-all_steps_run_on_containerd_2() { of_nodes nodeInfo.containerRuntimeVersion >&2; }
 
 pods_start_without_lxcfs_and_get_views_later() {
     local lxcfs=daemonset/kube-lxcfs-lxcfs
@@ -889,7 +889,7 @@ main() {
     step an_upgrade_of_lxcfs_fails_no_read
     node_step views_outlive_restarts_of_containerd_and_kubelet
     step new_pods_get_views_in_time
-    feature_step containerd_2 all_steps_run_on_containerd_2
+    print_runtimes
     feature_step sidecar a_sidecar_container_sees_its_own_limit
     feature_step user_namespace a_pod_with_a_user_namespace_sees_its_limit
     feature_step pod_level a_container_without_limit_sees_that_of_its_pod

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Unpacks packages of another Debian release into the cache, without installing them, and prints
-# the directory. Tests use them to run against other versions of containerd.
+# the directory. Tests use them to run against other versions of containerd and lxcfs.
 #   hack/offline/debian.sh RELEASE[:ARCHITECTURE] PACKAGE...
 # as in: hack/offline/debian.sh trixie containerd; hack/offline/debian.sh sid:arm64 lxcfs
 set -euo pipefail

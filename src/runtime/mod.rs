@@ -148,6 +148,25 @@ mod tests {
     use super::*;
 
     #[test]
+    fn gvisors_process_is_recognised_in_the_cgroup_of_the_sandbox() {
+        let id = ContainerId::new(&"a".repeat(64)).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let opened = |name| {
+            let program = dir.path().join(name);
+            std::fs::copy("/bin/sleep", &program).unwrap();
+            let mut child = std::process::Command::new(&program).arg("60").spawn().unwrap();
+            let cri = cri::CriClient::new(None, crate::sys::host_root::HostRoot::default());
+            let runtime = Runtime::new(PidSource::Proc, cri);
+            let opened = runtime.open_verified(child.id().into(), &id);
+            child.kill().unwrap();
+            child.wait().unwrap();
+            opened.unwrap_err()
+        };
+        assert!(matches!(opened("runsc"), Error::GuestKernel { kind, .. } if kind == "gVisor"));
+        assert!(matches!(opened("run"), Error::CgroupMismatch { .. }));
+    }
+
+    #[test]
     fn guest_kernel_runtimes_are_recognised() {
         for name in [
             "io.containerd.kata.v2",

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # A node in a virtual machine: containerd, and kube-lxcfs as the units of manifests/systemd. Sourced
-# in the machine. Its files are in /payload, as hack/vm/payload.sh puts them there.
+# in the machine. Its files are in /payload, as hack/vm/run.sh puts them there.
 
 # shellcheck disable=SC2034 # for the scenarios
 socket=/run/containerd/containerd.sock
