@@ -324,14 +324,17 @@ fn main() {
     }
     print_difference(&BTreeMap::new(), &metrics(&cluster));
     print_process("all watches again");
-    let requests = [Kind::ListPods, Kind::WatchPods, Kind::ListNamespaces, Kind::WatchNamespaces];
-    print_histogram("requests since the kill, refused ones too", &record, killed, &requests);
-    print_histogram(
-        "lists received since the kill",
-        &record,
-        killed,
-        &[Kind::PodsReplaced, Kind::NamespacesReplaced],
-    );
+    let (lists, watches) =
+        ([Kind::ListPods, Kind::ListNamespaces], [Kind::WatchPods, Kind::WatchNamespaces]);
+    let received = [Kind::PodsReplaced, Kind::NamespacesReplaced];
+    let last_list =
+        record.lock().unwrap().iter().rev().find(|entry| received.contains(&entry.2)).copied();
+    if let Some((last, _, _)) = last_list.filter(|(last, _, _)| *last > ready) {
+        println!("the last list was received {:.1?} after that", last - ready);
+    }
+    print_histogram("watches requested since the kill", &record, killed, &watches);
+    print_histogram("lists requested since the kill", &record, killed, &lists);
+    print_histogram("lists received since the kill", &record, killed, &received);
     drop(cluster);
     // The agents' thread ends with the process.
 }

@@ -1,22 +1,28 @@
 //! The API server (`--pods-from kubernetes`): watches of this node's pods and of the namespaces
 //! that carry the label.
 //!
-//! Thousands of agents may start together. Both lists are served from the API server's cache
-//! (`resourceVersion=0`), the watches use bookmarks, and retries have jitter (kube's default
-//! backoff: 0.8 to 30 s). Only the fields below are decoded of a pod. Of namespaces, only the
-//! metadata of those with the label is requested.
+//! Thousands of agents may start together, and lose their watches together. Both lists are served
+//! from the API server's cache (`resourceVersion=0`), the watches use bookmarks, and what follows
+//! a failure or an early end of a watch is spread at random ([`Retries`], [`Reconnects`]). Only the
+//! fields below are decoded of a pod. Of namespaces, only the metadata of those with the label is
+//! requested.
 
-use std::{borrow::Cow, collections::HashMap, pin::pin};
+use std::{
+    borrow::Cow,
+    collections::HashMap,
+    pin::pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
+use axum::http::Request;
 use futures::{Stream, StreamExt};
 use k8s_openapi::{api::core::v1 as core, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{
     Api, Client, Resource,
+    client::Body,
     core::PartialObjectMeta,
-    runtime::{
-        WatchStreamExt,
-        watcher::{self, Config, Event},
-    },
+    runtime::watcher::{self, Config, Event},
 };
 use serde::Deserialize;
 use tokio::sync::mpsc::Sender;
@@ -26,14 +32,24 @@ use crate::{
         container_id::ContainerId,
         pod::{Annotations, Container, INJECT_KEY, Namespace, Pod, Update},
     },
-    telemetry::OutageLog,
+    telemetry::{Backoff, Delays, OutageLog},
 };
+
+/// The window in which a failed request is repeated, or a watch that ended early is resumed. When an
+/// API server exits, all agents lose their watches in the same moment.
+const RETRY_WINDOW: Backoff = Backoff::new(Duration::from_secs(4), Duration::from_secs(32));
+/// A watch without changes reports no success. After this time without a failure it had one.
+const STABLE: Duration = Duration::from_secs(120);
+/// The API server ends a watch after this time, in seconds.
+const WATCH_TIMEOUT: u32 = 290;
+/// A watch that ends within this time before its timeout counts as ended by the timeout.
+const TIMEOUT_MARGIN: Duration = Duration::from_secs(10);
 
 /// Watches the pods of `node` until the receiver is dropped.
 pub async fn watch_pods(client: Client, node: String, updates: Sender<Update>) {
-    let api: Api<SlimPod> = Api::all(client);
+    let api: Api<SlimPod> = Api::all(spread_reconnects(client, tokio::time::sleep));
     let config = cached_lists().fields(&format!("spec.nodeName={node}"));
-    let stream = watcher::watcher(api, config).default_backoff();
+    let stream = watcher::watcher(api, config);
     let kinds = UpdateKinds {
         replaced: Update::PodsReplaced,
         applied: Update::PodApplied,
@@ -44,10 +60,11 @@ pub async fn watch_pods(client: Client, node: String, updates: Sender<Update>) {
 
 /// Watches the labels of namespaces until the receiver is dropped.
 pub async fn watch_namespaces(client: Client, updates: Sender<Update>) {
+    let client = spread_reconnects(client, tokio::time::sleep);
     let api: Api<PartialObjectMeta<core::Namespace>> = Api::all(client);
     // To a watch that selects by the label, a namespace that loses it appears as deleted.
     let config = cached_lists().labels(INJECT_KEY);
-    let stream = watcher::watcher(api, config).default_backoff();
+    let stream = watcher::watcher(api, config);
     let kinds = UpdateKinds {
         replaced: Update::NamespacesReplaced,
         applied: Update::NamespaceApplied,
@@ -67,7 +84,57 @@ pub async fn watch_namespaces(client: Client, updates: Sender<Update>) {
 /// Lists come from the API server's cache. They have no pages: kube omits `resourceVersion=0` from
 /// a list with a limit, and the API server then reads all pods of the cluster from etcd.
 fn cached_lists() -> Config {
-    Config { page_size: None, ..Config::default() }.any_semantic()
+    Config { page_size: None, ..Config::default() }.timeout(WATCH_TIMEOUT).any_semantic()
+}
+
+/// A client for one watcher, whose watches are delayed by [`Reconnects`].
+fn spread_reconnects<S: Future<Output = ()> + Send>(
+    client: Client,
+    sleep: impl Fn(Duration) -> S + Clone + Send + 'static,
+) -> Client {
+    let namespace = client.default_namespace().to_owned();
+    let reconnects = Arc::new(Mutex::new(Reconnects::default()));
+    let service = tower::service_fn(move |request: Request<Body>| {
+        let (client, sleep, reconnects) = (client.clone(), sleep.clone(), reconnects.clone());
+        async move {
+            let lock = || reconnects.lock().unwrap_or_else(PoisonError::into_inner);
+            let query = request.uri().query().unwrap_or_default();
+            let is_watch = query.split('&').any(|parameter| parameter == "watch=true");
+            let delay = lock().delay(is_watch, Instant::now());
+            if let Some(delay) = delay {
+                sleep(delay).await;
+            }
+            let response = client.send(request).await?;
+            if is_watch && response.status().is_success() {
+                lock().started(Instant::now());
+            }
+            Ok::<_, kube::Error>(response)
+        }
+    });
+    Client::new(service, namespace)
+}
+
+/// The delay of a watch after one that the API server ended early, at its exit. kube's watcher
+/// resumes a watch that has ended without a delay.
+#[derive(Debug, Default)]
+struct Reconnects {
+    /// The start of the last watch, if no request followed.
+    last_start: Option<Instant>,
+}
+
+impl Reconnects {
+    /// The API server accepted a watch.
+    fn started(&mut self, now: Instant) {
+        self.last_start = Some(now);
+    }
+
+    /// The delay of a request at `now`. A watch after a list, after a failed request or after the
+    /// timeout of the last watch has none.
+    fn delay(&mut self, is_watch: bool, now: Instant) -> Option<Duration> {
+        let age = now.saturating_duration_since(self.last_start.take()?);
+        let ended_early = age + TIMEOUT_MARGIN < Duration::from_secs(WATCH_TIMEOUT.into());
+        (is_watch && ended_early).then(|| RETRY_WINDOW.start().next_spread())
+    }
 }
 
 /// The updates of one kind of object.
@@ -75,6 +142,39 @@ struct UpdateKinds<T> {
     replaced: fn(Vec<T>) -> Update,
     applied: fn(T) -> Update,
     deleted: fn(String) -> Update,
+}
+
+/// The delays of one watcher after failures. kube's own backoff starts again with each
+/// [`Event::Init`], which precedes every list: lists that fail would be repeated every 0.8 to 1.6 s.
+#[derive(Debug)]
+struct Retries {
+    delays: Delays,
+    last_failure: Option<Instant>,
+}
+
+impl Retries {
+    fn new() -> Retries {
+        Retries { delays: RETRY_WINDOW.start(), last_failure: None }
+    }
+
+    /// The API server sent objects.
+    fn received<K>(&mut self, event: &Event<K>) {
+        if !matches!(event, Event::Init) {
+            self.delays.reset();
+        }
+    }
+
+    /// The delay after a failure at `now`.
+    fn delay(&mut self, error: &watcher::Error, now: Instant) -> Duration {
+        let previous = self.last_failure.replace(now);
+        let is_stable = previous.is_some_and(|at| now.saturating_duration_since(at) > STABLE);
+        // 410 Gone: the API server works, but does not know the version of the watch.
+        let is_expired = matches!(error, watcher::Error::WatchError(status) if status.code == 410);
+        if is_stable || is_expired {
+            self.delays.reset();
+        }
+        self.delays.next_spread()
+    }
 }
 
 /// Forwards the events of a watch as updates. `subject` names the kind of object in the log.
@@ -89,9 +189,11 @@ async fn forward<K: Send + 'static, T>(
     let mut stream = pin!(stream);
     let mut listed = Vec::new();
     let mut outage = OutageLog::new(subject);
+    let mut retries = Retries::new();
     while let Some(event) = stream.next().await {
         let update = match event {
             Ok(event) => {
+                retries.received(&event);
                 outage.recovered(&format!("the watch of {subject} works again"));
                 match event {
                     Event::Init => {
@@ -111,6 +213,7 @@ async fn forward<K: Send + 'static, T>(
             }
             Err(e) => {
                 outage.failed(&format!("failed to watch {subject} at the API server"), &e);
+                tokio::time::sleep(retries.delay(&e, Instant::now())).await;
                 None
             }
         };
@@ -288,8 +391,7 @@ fn into_pod(pod: SlimPod) -> Pod {
 
 #[cfg(test)]
 mod tests {
-    use axum::http::{Request, Response};
-    use kube::client::Body;
+    use axum::http::Response;
 
     use super::*;
 
@@ -364,6 +466,107 @@ mod tests {
             let is_cached = request.contains("resourceVersion=0") && !request.contains("limit=");
             assert!(is_cached, "{request}");
         }
+    }
+
+    #[test]
+    fn retries_of_failing_lists_slow_down() {
+        let (error, now) = (watcher::Error::NoResourceVersion, Instant::now());
+        let longest_of = |failures: usize| {
+            let delays = (0..50).map(|_| {
+                let mut retries = Retries::new();
+                for _ in 1..failures {
+                    retries.received(&Event::<()>::Init);
+                    retries.delay(&error, now);
+                }
+                retries.received(&Event::<()>::Init);
+                retries.delay(&error, now)
+            });
+            delays.max().unwrap()
+        };
+        assert!(longest_of(1) <= RETRY_WINDOW.first);
+        // The probability that 50 delays are all in the first eighth of the window is 2^-150.
+        assert!(longest_of(4) > RETRY_WINDOW.first && longest_of(9) <= RETRY_WINDOW.longest);
+    }
+
+    #[test]
+    fn retries_after_objects_or_expiry_start_again() {
+        let failed = || {
+            let mut retries = Retries::new();
+            for _ in 0..9 {
+                retries.delay(&watcher::Error::NoResourceVersion, Instant::now());
+            }
+            retries
+        };
+        for _ in 0..50 {
+            let mut retries = failed();
+            retries.received(&Event::<()>::InitDone);
+            let delay = retries.delay(&watcher::Error::NoResourceVersion, Instant::now());
+            assert!(delay <= RETRY_WINDOW.first, "{delay:?}");
+            let status = kube::core::Status { code: 410, ..kube::core::Status::default() };
+            let delay = failed().delay(&watcher::Error::WatchError(status.boxed()), Instant::now());
+            assert!(delay <= RETRY_WINDOW.first, "{delay:?}");
+            let later = Instant::now() + 2 * STABLE;
+            let delay = failed().delay(&watcher::Error::NoResourceVersion, later);
+            assert!(delay <= RETRY_WINDOW.first, "{delay:?}");
+        }
+    }
+
+    #[test]
+    fn reconnects_are_delayed_after_early_ends_only() {
+        let start = Instant::now();
+        let delay_after = |age: u64, is_watch: bool| {
+            let mut reconnects = Reconnects::default();
+            reconnects.started(start);
+            let first = reconnects.delay(is_watch, start + Duration::from_secs(age));
+            // A request that follows has failed, and waits by itself.
+            assert_eq!(reconnects.delay(true, start + Duration::from_secs(age)), None);
+            first
+        };
+        assert_eq!(Reconnects::default().delay(true, start), None);
+        for age in [0, 100, 279] {
+            assert!(delay_after(age, true).is_some_and(|delay| delay < RETRY_WINDOW.first));
+            assert_eq!(delay_after(age, false), None);
+        }
+        // The API server ended them after their timeout, or a dead connection was noticed.
+        for age in [280, 290, 320] {
+            assert_eq!(delay_after(age, true), None);
+        }
+        let delays: std::collections::HashSet<_> = (0..50).map(|_| delay_after(0, true)).collect();
+        assert!(delays.len() > 1, "{delays:?}");
+    }
+
+    /// The API server ends every watch without an event.
+    #[tokio::test]
+    async fn watch_that_ended_early_is_resumed_later() {
+        let (requests_tx, mut requests) = tokio::sync::mpsc::channel(8);
+        let slept = requests_tx.clone();
+        let service = tower::service_fn(move |request: Request<Body>| {
+            let is_watch = request.uri().query().unwrap().contains("watch=true");
+            let sent = requests_tx.try_send(if is_watch { "watch" } else { "list" });
+            async move {
+                if sent.is_err() {
+                    std::future::pending::<()>().await;
+                }
+                let list = r#"{"metadata": {"resourceVersion": "7"}, "items": []}"#;
+                let body = if is_watch { Vec::new() } else { list.into() };
+                Ok::<_, std::convert::Infallible>(Response::new(Body::from(body)))
+            }
+        });
+        let client = spread_reconnects(Client::new(service, "default"), move |delay| {
+            assert!(delay < RETRY_WINDOW.first);
+            let _ = slept.try_send("sleep");
+            std::future::ready(())
+        });
+        let api: Api<SlimPod> = Api::all(client);
+        let mut stream = pin!(watcher::watcher(api, cached_lists()));
+        let mut seen = Vec::new();
+        while seen.len() < 6 {
+            tokio::select! {
+                request = requests.recv() => seen.extend(request),
+                event = stream.next() => assert!(event.unwrap().is_ok()),
+            }
+        }
+        assert_eq!(seen, ["list", "watch", "sleep", "watch", "sleep", "watch"]);
     }
 
     #[test]

@@ -139,11 +139,21 @@ impl Delays {
     /// The next delay.
     pub fn next_delay(&mut self) -> Duration {
         let delay = self.backoff.delay(self.attempt);
+        delay.saturating_sub(delay / 1024 * self.advance())
+    }
+
+    /// A delay between zero and the next delay, all equally likely: retries of many nodes are
+    /// spread over the whole time.
+    pub fn next_spread(&mut self) -> Duration {
+        let delay = self.backoff.delay(self.attempt);
+        delay / 256 * self.advance()
+    }
+
+    /// Counts an attempt. Returns a random number below 256.
+    fn advance(&mut self) -> u32 {
         self.attempt += 1;
         // A hasher's random keys are all the randomness that is needed here.
-        let jitter =
-            u32::try_from(RandomState::new().hash_one(self.attempt) % 256).unwrap_or_default();
-        delay.saturating_sub(delay / 1024 * jitter)
+        u32::try_from(RandomState::new().hash_one(self.attempt) % 256).unwrap_or_default()
     }
 
     /// Starts again with the first delay.
