@@ -3,15 +3,35 @@
 ARG RUST_IMAGE=rust:1-trixie
 ARG DEBIAN_IMAGE=debian:trixie-slim
 
-FROM ${RUST_IMAGE} AS build
-RUN command -v protoc >/dev/null || { apt-get update \
-    && apt-get install -y --no-install-recommends protobuf-compiler; }
+# The build runs on this machine's architecture, and compiles for that of the image.
+FROM --platform=$BUILDPLATFORM ${RUST_IMAGE} AS build
+ARG TARGETARCH
+RUN case $TARGETARCH in \
+        amd64) cpu=x86_64 ;; \
+        arm64) cpu=aarch64 ;; \
+        # Of a builder without this argument.
+        "") cpu=$(uname -m) ;; \
+        *) echo "unknown architecture '$TARGETARCH'; valid: amd64 arm64" >&2; exit 1 ;; \
+    esac \
+    && echo "$cpu-unknown-linux-gnu" >/etc/rust-target \
+    && packages=$(command -v protoc >/dev/null || echo protobuf-compiler) \
+    && if [ "$cpu" != "$(uname -m)" ] && ! command -v "$cpu-linux-gnu-gcc" >/dev/null; then \
+        packages="$packages gcc-$(echo $cpu | tr _ -)-linux-gnu libc6-dev-$TARGETARCH-cross"; \
+        rustup target add "$(cat /etc/rust-target)"; \
+    fi \
+    && if [ -n "$packages" ]; then \
+        apt-get update && apt-get install -y --no-install-recommends $packages; \
+    fi
 WORKDIR /src
 COPY . .
 ARG REVISION=unknown
 ENV KUBE_LXCFS_REVISION=${REVISION}
 # A static program. With --target, the flag does not reach procedural macros, which are libraries.
-RUN target=$(rustc -vV | sed -n 's/^host: //p') \
+RUN target=$(cat /etc/rust-target) && cpu=${target%%-*} \
+    && if [ "$cpu" != "$(uname -m)" ]; then \
+        linker=CARGO_TARGET_$(echo "$target" | tr a-z- A-Z_)_LINKER; \
+        export "$linker=$cpu-linux-gnu-gcc"; \
+    fi \
     && RUSTFLAGS="-C target-feature=+crt-static" \
         cargo build --locked --release --bin kube-lxcfs --target "$target" \
     && cp "target/$target/release/kube-lxcfs" /usr/local/bin/

@@ -3,6 +3,7 @@
 # installed toolchain has no standard library of arm64.
 #   hack/offline/cross.sh DIR      writes kube-lxcfs, pod (hack/pod.rs) and reader
 #                                  (tests/it/reader.rs) to DIR
+#   hack/offline/cross.sh --print-root      only makes the root file system, and prints its path
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . hack/offline/lib.sh
@@ -71,5 +72,9 @@ build() {
 need_root "making a root file system"
 hack/deps.sh vm
 locked cross-root build_root
+if [ "$1" = --print-root ]; then
+    echo "$root"
+    exit
+fi
 say "building kube-lxcfs for arm64 (log: $log)"
 locked cross logged "$log" "build kube-lxcfs for arm64" build "$(cd "$1" && pwd)"

@@ -40,7 +40,36 @@ busybox_path() {
     fi
 }
 
-# buildah_ COMMAND...: runs buildah on image storage in the cache.
-buildah_() {
-    buildah --root "$CACHE/images/root" --runroot "$CACHE/images/run" "$@"
+# use_images ARCHITECTURE: sets $images, the options of buildah for its image storage in the cache.
+# In a user namespace, overlayfs cannot rename directories of a base image, as dpkg does. vfs can.
+use_images() {
+    if [ "$1" = "$(dpkg --print-architecture)" ]; then
+        images=(--root "$CACHE/images/root" --runroot "$CACHE/images/run")
+    else
+        images=(--storage-driver vfs --root "$CACHE/images-$1/root"
+            --runroot "$CACHE/images-$1/run")
+    fi
 }
+buildah_() { buildah "${images[@]}" "$@"; }
+
+# foreign ARCHITECTURE COMMAND...: runs COMMAND, which may run programs of this architecture. If
+# this machine does not run them, qemu does: in a user namespace, which has binfmt_misc of its own
+# from Linux 6.7 on.
+foreign() (
+    if [ "$1" = "$(dpkg --print-architecture)" ] || arch-test "$1" >/dev/null; then
+        exec "${@:2}"
+    fi
+    unshare --user --mount sleep infinity &
+    namespaces=$!
+    trap 'kill $namespaces' EXIT
+    wait_for 10 has_own_users $namespaces
+    # All users, as they are.
+    echo 0 0 4294967295 >/proc/$namespaces/uid_map
+    echo 0 0 4294967295 >/proc/$namespaces/gid_map
+    # shellcheck disable=SC2016 # for the shell in the namespaces
+    nsenter --target $namespaces --user --mount bash -euc '
+        mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
+        tr -d "\n" <"$0" >/proc/sys/fs/binfmt_misc/register
+        "$@"' /usr/lib/binfmt.d/qemu-aarch64.conf "${@:2}"
+)
+has_own_users() { [ "$(readlink "/proc/$1/ns/user")" != "$(readlink /proc/self/ns/user)" ]; }

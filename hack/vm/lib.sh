@@ -19,31 +19,10 @@ esac
 debian() {
     local mirror
     mirror=$(debian_mirror "make a root file system")
-    foreign mmdebstrap --quiet --architectures="$arch" \
+    foreign "$arch" mmdebstrap --quiet --architectures="$arch" \
         --aptopt='Acquire::Check-Valid-Until "false"' \
         --keyring=/usr/share/keyrings/debian-archive-keyring.gpg "$@" "$mirror"
 }
-
-# foreign COMMAND...: runs COMMAND, which may run programs of $arch. If this machine does not run
-# them, qemu does: in a user namespace, which has binfmt_misc of its own from Linux 6.7 on.
-foreign() (
-    if [ "$arch" = "$(dpkg --print-architecture)" ] || arch-test "$arch" >/dev/null; then
-        exec "$@"
-    fi
-    unshare --user --mount sleep infinity &
-    namespaces=$!
-    trap 'kill $namespaces' EXIT
-    wait_for 10 has_own_users $namespaces
-    # All users, as they are.
-    echo 0 0 4294967295 >/proc/$namespaces/uid_map
-    echo 0 0 4294967295 >/proc/$namespaces/gid_map
-    # shellcheck disable=SC2016 # for the shell in the namespaces
-    nsenter --target $namespaces --user --mount bash -euc '
-        mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
-        tr -d "\n" <"$0" >/proc/sys/fs/binfmt_misc/register
-        "$@"' /usr/lib/binfmt.d/qemu-aarch64.conf "$@"
-)
-has_own_users() { [ "$(readlink "/proc/$1/ns/user")" != "$(readlink /proc/self/ns/user)" ]; }
 
 # image DIR FILE MIB LABEL: writes an ext4 image of a directory.
 image() {

@@ -62,9 +62,9 @@ make_root() {
     # The payload starts what it tests. Timers would only take time.
     for service in lxcfs.service containerd.service apt-daily.timer apt-daily-upgrade.timer \
         dpkg-db-backup.timer fstrim.timer; do
-        foreign chroot "$dir" systemctl --quiet disable "$service" || true
+        foreign "$arch" chroot "$dir" systemctl --quiet disable "$service" || true
     done
-    foreign chroot "$dir" systemctl --quiet enable payload.service
+    foreign "$arch" chroot "$dir" systemctl --quiet enable payload.service
     rm -rf "$dir"/var/cache/apt "$dir"/var/lib/apt/lists "$dir"/usr/share/{doc,man,locale}
     image "$dir" "$root" 2048 root
 }

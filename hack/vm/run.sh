@@ -18,7 +18,7 @@ crun            trixie    trixie      sid       crun    begin values kinds end
 lxcfs.service   trixie    trixie      sid       runc    host
 gvisor          trixie    trixie      sid       runc    begin gvisor end
 kernel-5.10     trixie    bullseye    sid       runc    all
-arm64           trixie    trixie      sid       runc    all
+arm64           trixie    trixie      sid       runc    begin values kinds failures images end
 "
 
 names() { awk 'NF { print $1 }' <<<"$cells"; }
@@ -27,6 +27,7 @@ names() { awk 'NF { print $1 }' <<<"$cells"; }
 make_programs() {
     if [ "$arch" = arm64 ]; then
         hack/offline/cross.sh "$1"
+        hack/offline/build-image.sh kube-lxcfs:vm "$1/images" arm64
         return
     fi
     say "building kube-lxcfs"
@@ -40,7 +41,7 @@ make_payload() {
     local lxcfs
     make_programs "$1"
     cp hack/vm/guest/* "$1/"
-    cp -r manifests/systemd "$1/"
+    cp -r manifests/systemd charts/kube-lxcfs/profiles/seccomp-agent.json "$1/"
     mv "$1/scenarios.sh" "$1/run"
     chmod +x "$1/run"
     cp "$(hack/offline/busybox-image.sh "$arch")" "$1/busybox-image.tar"

@@ -293,6 +293,22 @@ memory_is_lowest_limit() {
 }
 has_view() { [ "$(view_count "$1")" -ge 8 ]; }
 
+# SwapTotal and swaps are memory.swap.max, on a node with swap.
+swap_is_limit() {
+    local cgroup file=/root/swap
+    dd if=/dev/zero of=$file bs=1M count=64 status=none
+    chmod 600 $file && mkswap -q $file && swapon $file || return
+    [ -n "${sandbox[half]-}" ] || run_pod half --cpu 50 "$opt_in" || return
+    wait_for 60 has_view half || return
+    cgroup=/sys/fs/cgroup$(cut -d: -f3 "/proc/$(pid_of half)/cgroup")
+    echo $((32 << 20)) >"$cgroup/memory.swap.max"
+    is SwapTotal $((32 << 10)) "$(in_pod half cat /proc/meminfo |
+        awk '/^SwapTotal:/ { print $2 }')" || return
+    is swaps $((32 << 10)) "$(in_pod half cat /proc/swaps | awk 'NR == 2 { print $3 }')" || return
+    seen="32 MiB of 64"
+    swapoff $file && rm $file
+}
+
 # cpus NAME: the number of CPUs that cpuinfo, online and stat show.
 cpus() {
     # shellcheck disable=SC2016 # for the shell in the container
@@ -534,6 +550,46 @@ host_managed_uninstall_leaves_nothing() {
     nothing_is_left
 }
 
+# --- the images ---------------------------------------------------------------------------------
+
+# version_of COMMAND...: the first number of three parts that it prints.
+version_of() { "$@" 2>&1 | grep -oE '[0-9]+\.[0-9]+\.[0-9]+' | head -n 1; }
+
+# version_in IMAGE PROGRAM
+version_in() {
+    version_of podman run --rm --network none --env "LD_LIBRARY_PATH=${2%/*}" --entrypoint "$2" \
+        "docker-archive:/payload/images/$1.tar" --version
+}
+
+images_have_programs() {
+    local own lib=/usr/lib/kube-lxcfs
+    own=$(version_of kube-lxcfs --version)
+    is "agent" "$own" "$(version_in agent /usr/bin/kube-lxcfs)" &&
+        is "supervisor" "$own" "$(version_in lxcfs /usr/bin/kube-lxcfs)" &&
+        is "lxcfs of cgroup version 1" 6.0.4 "$(version_in lxcfs $lib/cgroup1/lxcfs)" &&
+        is "lxcfs of cgroup version 2" 7.0.0 "$(version_in lxcfs $lib/cgroup2/lxcfs)"
+}
+
+# The agent's image, with the privileges and the seccomp profile of the chart, for all that follows.
+agent_image_runs() {
+    local drop_in=/run/systemd/system/kube-lxcfs-agent.service.d pid
+    mkdir -p $drop_in
+    cat >$drop_in/image.conf <<UNIT
+[Service]
+ExecStart=
+ExecStart=/usr/bin/podman run --rm --replace --name agent --read-only --network host --pid host \
+    --cap-drop all --cap-add SYS_ADMIN,SYS_CHROOT,SYS_PTRACE \
+    --security-opt seccomp=/payload/seccomp-agent.json --security-opt apparmor=unconfined \
+    --volume /var/lib:/var/lib:rslave --env KUBE_LXCFS_HOST_ROOT=/proc/1/root \
+    docker-archive:/payload/images/agent.tar agent --pods-from cri --listen 127.0.0.1:9808
+UNIT
+    systemctl daemon-reload
+    systemctl restart kube-lxcfs-agent && wait_for 120 is_ready || return
+    pid=$(pgrep -f '^/usr/bin/kube-lxcfs agent')
+    is "seccomp mode" 2 "$(awk '/^Seccomp:/ { print $2 }' "/proc/$pid/status")" || return
+    wait_for 60 all_current && first_read_is_own && running_agent_removes_undesired_view
+}
+
 # --- the end ------------------------------------------------------------------------------------
 
 uninstall_leaves_nothing() {
@@ -569,14 +625,15 @@ start_containerd "$cell_runtime" || exit 1
 declare -A sets=(
     [begin]='versions supervisor_keeps_cgroup_options opted_out_pod_starts agent_is_ready
         check_command first_read_is_own'
-    [values]='memory_is_lowest_limit cpus_are_quota cpus_are_parents_quota uptime_is_age_of_init
-        pressure_is_cgroups diskstats_are_cgroups'
+    [values]='memory_is_lowest_limit swap_is_limit cpus_are_quota cpus_are_parents_quota
+        uptime_is_age_of_init pressure_is_cgroups diskstats_are_cgroups'
     [kinds]='read_only_root proc_mount_unmasked privileged user_namespace host_pid
         shared_process_namespace systemd_in_container podman_hook'
     [gvisor]='gvisor'
     [failures]='readers_have_views opted_out_table_is_identical opt_out_and_in
         running_agent_removes_undesired_view lxcfs_is_killed lxcfs_is_terminated lxcfs_is_stopped
         supervisor_is_killed supervisor_is_restarted agent_is_killed containerd_is_restarted'
+    [images]='images_have_programs agent_image_runs lxcfs_is_killed'
     [end]='uninstall_leaves_nothing apparmor_denies_nothing'
     [host]='versions host_managed_lxcfs_serves opted_out_pod_starts agent_is_ready check_command
         first_read_is_own cpus_are_quota_without_cfs readers_have_views
