@@ -26,8 +26,8 @@ architecture=${3:-$native}
 target_dir=$CACHE/image-target
 if [ "$architecture" != "$native" ]; then
     hack/deps.sh vm-arm64
-    # Of the same compiler.
-    target_dir=$CACHE/cross-target
+    # Of another compiler.
+    target_dir+=-$architecture
 fi
 use_images "$architecture"
 bases=$(hack/offline/bases.sh "$architecture")

@@ -32,10 +32,12 @@ pub(crate) fn isolated<F: FnOnce()>(body: F) {
     let timeout = std::env::var(TIMEOUT_VARIABLE).unwrap_or_else(|_| TIMEOUT.to_owned());
     let set_up = "mount -t tmpfs none \"$1\" && mount -t tmpfs none /run \
                   && busybox ip link set lo up && shift && \"$@\"; exit $?";
-    // The shell is PID 1 of the namespace and reaps orphans.
+    // The shell is PID 1 of the namespace and reaps orphans. A program that is killed leaves its
+    // child, so each has its own signal.
     let output = program("setpriv")
         .args(["--pdeathsig", "KILL", "timeout", "-s", "KILL", &timeout])
-        .args(["unshare", "--mount", "--propagation", "private", "--net"])
+        .args(["setpriv", "--pdeathsig", "KILL", "unshare"])
+        .args(["--mount", "--propagation", "private", "--net"])
         .args(["--pid", "--fork", "--kill-child", "--mount-proc"])
         .args(["sh", "-c", set_up, "sh"])
         .arg(dir.path())
