@@ -81,7 +81,7 @@ fn run_agents(config: Config, nodes: usize, record: Record) {
             let client = agent_client(config.clone(), agent, record.clone());
             let node = format!("node-{agent}");
             tokio::spawn(watch_pods(client.clone(), node, updates_tx.clone()));
-            tokio::spawn(watch_namespaces(client, updates_tx));
+            tokio::spawn(watch_namespaces(client, false, updates_tx));
             let record = record.clone();
             tokio::spawn(async move {
                 while let Some(update) = updates.recv().await {

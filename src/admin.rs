@@ -1,17 +1,18 @@
-//! The agent's HTTP endpoints: `/healthz`, `/readyz`, `/metrics`, `/status`. Every response needs
-//! the agent's loop, so that each endpoint reports a loop that is stuck.
+//! The agent's HTTP endpoints: `/healthz`, `/readyz`, `/metrics`, `/status`, and `/`, which lists
+//! them. Every response of these four needs the agent's loop, so that each reports a loop that is
+//! stuck.
 
 mod connections;
 
 use std::{
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use axum::{
     Router,
-    extract::{ConnectInfo, State, connect_info::Connected},
+    extract::{ConnectInfo, RawQuery, State, connect_info::Connected},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
@@ -42,6 +43,14 @@ use crate::{
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// The media type of OpenMetrics.
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+/// The response of `/`.
+const ENDPOINTS: &str = "\
+/healthz               200 if the agent's loop responds
+/readyz                200 if the agent can inject; else the reason
+/readyz?exclude=lxcfs  the same, whether lxcfs serves or not
+/metrics               metrics in OpenMetrics 1.0
+/status                views of the node, in JSON, for loopback clients
+";
 const STUCK: &str = "the agent's loop is stuck";
 /// The response of `/status` to other hosts. It names pods of every namespace.
 const LOOPBACK_ONLY: &str =
@@ -104,12 +113,25 @@ impl Peer {
     }
 }
 
-/// Listens.
+/// Listens. On a kernel without IPv6 (`ipv6.disable=1`), `::` is `0.0.0.0`.
 ///
 /// # Errors
 /// Those of bind(2).
 pub async fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
-    TcpListener::bind(address).await
+    match TcpListener::bind(address).await {
+        Err(e) => match without_ipv6(address, &e) {
+            Some(address) => TcpListener::bind(address).await,
+            None => Err(e),
+        },
+        listening => listening,
+    }
+}
+
+/// The address to use instead if the kernel has no IPv6 (`EAFNOSUPPORT` of socket(2)).
+fn without_ipv6(address: SocketAddr, error: &std::io::Error) -> Option<SocketAddr> {
+    let any = address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    (any && error.raw_os_error() == Some(libc::EAFNOSUPPORT))
+        .then(|| (Ipv4Addr::UNSPECIFIED, address.port()).into())
 }
 
 /// Serves until it fails.
@@ -120,6 +142,7 @@ pub async fn serve(listener: TcpListener, state: AppState) -> std::io::Result<()
     let workers = Workers::start(STATUS_THREADS, STATUS_DEADLINE)?;
     let views = Arc::new(Status { app: state.clone(), workers, last: Mutex::default() });
     let router = Router::new()
+        .route("/", get(ENDPOINTS))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/metrics", get(metrics))
@@ -137,12 +160,18 @@ async fn healthz(State(state): State<Arc<AppState>>) -> Response {
     }
 }
 
-async fn readyz(State(state): State<Arc<AppState>>) -> Response {
-    let Some(Snapshot { not_ready_reason, .. }) = state.snapshot().await else {
+/// With `exclude=lxcfs`, a missing lxcfs is ignored: in a rolling update, agent and lxcfs must not
+/// wait for each other.
+async fn readyz(State(state): State<Arc<AppState>>, RawQuery(query): RawQuery) -> Response {
+    let Some(Snapshot { not_ready_reason, lxcfs_up, .. }) = state.snapshot().await else {
         return unavailable(STUCK);
     };
     if let Some(reason) = not_ready_reason {
         return unavailable(&reason);
+    }
+    let excluded = query.is_some_and(|query| query.split('&').any(|one| one == "exclude=lxcfs"));
+    if !lxcfs_up && !excluded {
+        return unavailable("no lxcfs serves");
     }
     let Some(cri) = &state.cri else { return "ok\n".into_response() };
     match cri.version().await {
@@ -247,4 +276,26 @@ fn json(body: Bytes) -> Response {
 
 fn unavailable(why: &str) -> Response {
     (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn any_address_falls_back_without_ipv6() {
+        let none = io::Error::from_raw_os_error(libc::EAFNOSUPPORT);
+        let used = io::Error::from_raw_os_error(libc::EADDRINUSE);
+        for (address, error, expected) in [
+            ("[::]:9808", &none, Some("0.0.0.0:9808")),
+            ("[::]:9808", &used, None),
+            ("[::1]:9808", &none, None),
+            ("0.0.0.0:9808", &none, None),
+        ] {
+            let expected = expected.map(|text| text.parse().unwrap());
+            assert_eq!(without_ipv6(address.parse().unwrap(), error), expected, "{address}");
+        }
+    }
 }

@@ -5,7 +5,10 @@ use std::{ffi::OsString, net::SocketAddr, path::PathBuf, process::ExitCode, time
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::{
-    model::view::FileSet,
+    model::{
+        selector::{DEFAULT_EXCLUDED, Scope, Selector},
+        view::FileSet,
+    },
     runtime::{PidSource, cri::CriEndpoint},
     sources::nri::{self, NriMode},
     sys::host_root::HostRoot,
@@ -35,8 +38,8 @@ pub struct Common {
         default_value = "/var/lib/lxcfs"
     )]
     pub lxcfs_path: PathBuf,
-    /// CRI socket of the runtime [default: the first that responds of containerd, CRI-O,
-    /// cri-dockerd, iSulad].
+    /// CRI socket of the runtime [default: the first of the usual ones whose runtime has pods, else
+    /// that responds: containerd, k3s and RKE2, k0s, MicroK8s, CRI-O, cri-dockerd, iSulad].
     #[arg(long, global = true, env = "KUBE_LXCFS_CRI_ENDPOINT", value_name = "unix://PATH")]
     pub cri_endpoint: Option<CriEndpoint>,
     /// Directory that has the node's files: the sockets of CRI and NRI are looked up in it. In a
@@ -191,12 +194,23 @@ pub struct AgentArgs {
     /// evented PLEG: that runtime sends each event to one listener only.
     #[arg(long, env = "KUBE_LXCFS_CRI_EVENTS", value_enum, default_value_t = CriEvents::Auto)]
     pub cri_events: CriEvents,
-    /// Address of /healthz, /readyz, /metrics and /status.
-    #[arg(long, env = "KUBE_LXCFS_LISTEN", value_name = "IP:PORT", default_value = "0.0.0.0:9808")]
+    /// Address of /healthz, /readyz, /metrics and /status. [::] serves IPv4 too.
+    #[arg(long, env = "KUBE_LXCFS_LISTEN", value_name = "IP:PORT", default_value = "[::]:9808")]
     pub listen: SocketAddr,
     /// Inject by default unless an annotation or label opts out.
     #[arg(long, env = "KUBE_LXCFS_INJECT_BY_DEFAULT")]
     pub inject_by_default: bool,
+    /// Inject into pods whose labels match, for example 'team=a,tier in (web,api)', unless their
+    /// annotation opts out.
+    #[arg(long, env = "KUBE_LXCFS_POD_SELECTOR", value_name = "SELECTOR")]
+    pub pod_selector: Option<Selector>,
+    /// Inject into pods of namespaces whose labels match, unless an annotation or label opts out.
+    #[arg(long, env = "KUBE_LXCFS_NAMESPACE_SELECTOR", value_name = "SELECTOR")]
+    pub namespace_selector: Option<Selector>,
+    /// Comma-separated namespaces: only pods whose annotation opts in have a view there [default
+    /// with --inject-by-default: kube-system,kube-node-lease].
+    #[arg(long, env = "KUBE_LXCFS_EXCLUDE_NAMESPACES", value_name = "LIST", value_delimiter = ',')]
+    pub exclude_namespaces: Option<Vec<String>>,
     /// Also keep pod-provided lxcfs files current, for example from an admission webhook's
     /// volumes.
     #[arg(long, env = "KUBE_LXCFS_ADOPT")]
@@ -209,6 +223,22 @@ pub struct AgentArgs {
         value_parser = clap::value_parser!(u16).range(1..=64)
     )]
     pub workers: Option<u16>,
+}
+
+impl AgentArgs {
+    /// Which pods have a view without an annotation.
+    pub fn scope(&self) -> Scope {
+        let defaults = if self.inject_by_default { &DEFAULT_EXCLUDED[..] } else { &[] };
+        let excluded = self.exclude_namespaces.clone();
+        let excluded =
+            excluded.unwrap_or_else(|| defaults.iter().map(|name| (*name).to_owned()).collect());
+        Scope {
+            inject_by_default: self.inject_by_default,
+            pod_selector: self.pod_selector.clone(),
+            namespace_selector: self.namespace_selector.clone(),
+            exclude_namespaces: excluded.into_iter().filter(|name| !name.is_empty()).collect(),
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -382,6 +412,20 @@ mod tests {
             let args = [&["kube-lxcfs"], invalid].concat();
             assert_eq!(Cli::try_parse_from(args).unwrap_err().exit_code(), 2, "{invalid:?}");
         }
+    }
+
+    #[test]
+    fn default_injection_excludes_system_namespaces() {
+        let excluded = |args: &[&str]| {
+            let cli = Cli::try_parse_from([&["kube-lxcfs", "agent"], args].concat()).unwrap();
+            let Command::Agent(args) = cli.command else { unreachable!("{args:?}") };
+            args.scope().exclude_namespaces
+        };
+        assert_eq!(excluded(&[]), [""; 0]);
+        assert_eq!(excluded(&["--inject-by-default"]), ["kube-system", "kube-node-lease"]);
+        let named = ["--exclude-namespaces", "a,b", "--inject-by-default"];
+        assert_eq!(excluded(&named), ["a", "b"]);
+        assert_eq!(excluded(&["--inject-by-default", "--exclude-namespaces", ""]), [""; 0]);
     }
 
     #[test]

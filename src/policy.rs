@@ -1,11 +1,13 @@
-//! The policy: a pod's annotations, its namespace's label and the agent's default in, a desired
-//! view for each container out. Pure: values in, values out. Independent of mounts and runtimes.
+//! The policy: a pod's annotations and labels, its namespace's labels and the agent's scope in, a
+//! desired view for each container out. Pure: values in, values out. Independent of mounts and
+//! runtimes.
 
 use std::collections::BTreeMap;
 
 use crate::{
     model::{
-        pod::{Annotations, CONTAINERS_KEY, FILES_KEY, INJECT_KEY},
+        pod::{Annotations, CONTAINERS_KEY, FILES_KEY, INJECT_KEY, Pod},
+        selector::{Labels, Scope},
         text::Quoted,
         view::{FileSet, UnknownViewFile},
     },
@@ -61,8 +63,33 @@ impl Decision {
     }
 }
 
+/// What decides about a pod without the annotation [`INJECT_KEY`]: the value of this label of its
+/// namespace if that decides, and the default otherwise. The first of these that applies decides:
+///
+/// 1. an excluded namespace: no view
+/// 2. the pod selector matches: a view
+/// 3. the label of the namespace
+/// 4. the namespace selector matches: a view
+/// 5. `--inject-by-default`
+pub fn without_annotation<'a>(
+    scope: &Scope,
+    pod: &Pod,
+    namespace_labels: Option<&'a Labels>,
+) -> (Option<&'a str>, bool) {
+    if scope.exclude_namespaces.contains(&pod.namespace) {
+        return (None, false);
+    }
+    if scope.pod_selector.as_ref().is_some_and(|selector| selector.matches(&pod.labels)) {
+        return (None, true);
+    }
+    let label = namespace_labels.and_then(|labels| labels.get(INJECT_KEY)).map(String::as_str);
+    let selects = scope.namespace_selector.as_ref().zip(namespace_labels);
+    let selected = selects.is_some_and(|(selector, labels)| selector.matches(labels));
+    (label, selected || scope.inject_by_default)
+}
+
 /// Decides for one pod. `namespace_label` is the value of [`INJECT_KEY`] on its namespace,
-/// `default` the agent's `--inject-by-default`, `containers` the names of all containers of the
+/// `default` that of [`without_annotation`], `containers` the names of all containers of the
 /// pod.
 ///
 /// The first of annotation, label and default that is set decides. A pod that opts out has no view,
@@ -169,6 +196,63 @@ mod tests {
                 "{inject:?} {label:?} {default}"
             );
         }
+    }
+
+    #[test]
+    fn precedence_of_selectors_label_and_exclusion() {
+        let labels = |text: &str| -> Labels {
+            let pairs = text.split(',').filter_map(|pair| pair.split_once('='));
+            pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
+        };
+        let (yes, no) = (format!("{INJECT_KEY}=true"), format!("{INJECT_KEY}=false"));
+        let both = format!("team=a,{INJECT_KEY}=false");
+        let all = DesiredView::Exactly(FileSet::ALL);
+        // Annotation, labels of the pod, namespace and its labels, default.
+        for (inject, pod, namespace, of_namespace, inject_by_default, desired) in [
+            (None, "", "shop", "", false, DesiredView::Absent),
+            (None, "", "shop", "", true, all),
+            (None, "", "shop", "team=a", false, all),
+            (None, "", "shop", "team=b", false, DesiredView::Absent),
+            (None, "", "shop", &*yes, false, all),
+            (None, "", "shop", &*no, true, DesiredView::Absent),
+            // The label decides before the namespace selector, and the pod selector before both.
+            (None, "", "shop", &*both, true, DesiredView::Absent),
+            (None, "app=web", "shop", &*both, false, all),
+            (None, "app=db", "shop", &*both, false, DesiredView::Absent),
+            (None, "app=web", "shop", "", false, all),
+            // An excluded namespace decides before all of these, and after the annotation.
+            (None, "app=web", "kube-system", "team=a", true, DesiredView::Absent),
+            (None, "", "kube-system", &*yes, true, DesiredView::Absent),
+            (Some("true"), "", "kube-system", "", false, all),
+            (Some("false"), "app=web", "shop", "team=a", true, DesiredView::Absent),
+            // An invalid label where something else decides has no effect.
+            (None, "app=web", "shop", "kube-lxcfs.io/inject=x", false, all),
+            (None, "", "shop", "kube-lxcfs.io/inject=x", true, DesiredView::Unmanaged),
+        ] {
+            let scope = Scope {
+                inject_by_default,
+                pod_selector: Some("app=web".parse().unwrap()),
+                namespace_selector: Some("team=a".parse().unwrap()),
+                exclude_namespaces: vec!["kube-system".into()],
+            };
+            let pod = Pod { namespace: namespace.into(), labels: labels(pod), ..Pod::default() };
+            let of_namespace = labels(of_namespace);
+            let (label, default) = without_annotation(&scope, &pod, Some(&of_namespace));
+            assert_eq!(
+                desired_of_a(&annotations(inject, None, None), label, default),
+                desired,
+                "{inject:?} {pod:?} {of_namespace:?} {inject_by_default}"
+            );
+        }
+    }
+
+    #[test]
+    fn namespace_without_known_labels_is_not_selected() {
+        let scope =
+            Scope { namespace_selector: Some("!team".parse().unwrap()), ..Scope::default() };
+        let pod = Pod::default();
+        assert_eq!(without_annotation(&scope, &pod, None), (None, false));
+        assert_eq!(without_annotation(&scope, &pod, Some(&Labels::new())), (None, true));
     }
 
     #[test]

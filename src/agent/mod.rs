@@ -339,9 +339,11 @@ impl Agent {
     }
 
     fn snapshot(&self) -> Snapshot {
-        let no_lxcfs = (!self.lxcfs_up).then_some("no lxcfs serves");
-        let not_ready_reason = self.state.not_ready_reason().or(no_lxcfs).map(str::to_owned);
-        Snapshot { not_ready_reason, containers: self.state.snapshot() }
+        Snapshot {
+            not_ready_reason: self.state.not_ready_reason().map(str::to_owned),
+            lxcfs_up: self.lxcfs_up,
+            containers: self.state.snapshot(),
+        }
     }
 
     /// Records each kind of change of an operation once. An operation that failed without a change

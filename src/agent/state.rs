@@ -22,6 +22,7 @@ use crate::{
     model::{
         container_id::ContainerId,
         pod::{Pod, StartedContainer, Trigger, Update},
+        selector::{Labels, Scope},
         status::ContainerStatus,
     },
     plan::DesiredView,
@@ -55,10 +56,9 @@ struct PodState {
 }
 
 /// The configuration of the state machine.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct StateConfig {
-    /// Pods without annotation and namespace label have a view.
-    pub inject_by_default: bool,
+    pub scope: Scope,
     /// Updates of namespaces will come; decisions wait for the first list. Without it, a pod of a
     /// labelled namespace would lose its view for a moment when the agent starts.
     pub has_namespaces: bool,
@@ -74,7 +74,7 @@ pub struct State {
     namespaces_listed: bool,
     /// By uid.
     pods: HashMap<String, PodState>,
-    namespace_labels: HashMap<String, String>,
+    namespace_labels: HashMap<String, Labels>,
     containers: HashMap<ContainerId, Container>,
     unconfirmed: HashMap<ContainerId, Unconfirmed>,
     lxcfs: LxcfsState,
@@ -90,9 +90,9 @@ pub struct State {
 impl State {
     pub fn new(config: StateConfig) -> State {
         State {
+            namespaces_listed: !config.has_namespaces,
             config,
             pods_listed: false,
-            namespaces_listed: !config.has_namespaces,
             pods: HashMap::new(),
             namespace_labels: HashMap::new(),
             containers: HashMap::new(),
@@ -122,11 +122,12 @@ impl State {
             }
             Update::NamespacesReplaced(namespaces) => {
                 self.namespaces_listed = true;
-                self.namespace_labels = namespaces.into_iter().map(|n| (n.name, n.label)).collect();
+                self.namespace_labels =
+                    namespaces.into_iter().map(|n| (n.name, n.labels)).collect();
                 self.update_desired_where(|_| true, now);
             }
             Update::NamespaceApplied(namespace) => {
-                self.namespace_labels.insert(namespace.name.clone(), namespace.label);
+                self.namespace_labels.insert(namespace.name.clone(), namespace.labels);
                 self.update_desired_where(|pod| pod.namespace == namespace.name, now);
             }
             Update::NamespaceDeleted(name) => {
@@ -252,9 +253,9 @@ impl State {
         }
         names.sort_unstable();
         names.dedup();
-        let label = self.namespace_labels.get(&pod.namespace).map(String::as_str);
-        let mut decision =
-            policy::decide(&pod.annotations, label, self.config.inject_by_default, &names);
+        let of_namespace = self.namespace_labels.get(&pod.namespace);
+        let (label, default) = policy::without_annotation(&self.config.scope, pod, of_namespace);
+        let mut decision = policy::decide(&pod.annotations, label, default, &names);
         let nests = pod.containers.iter().filter(|c| c.nests_containers);
         decision.skip_nesting(&pod.annotations, nests.map(|c| c.name.as_str()));
         if *seen_by_watch && *invalid != decision.invalid {

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, process::ExitCode, sync::Arc};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use tokio::{sync::mpsc, task::JoinSet};
 
 use super::{check, unsupported, workers};
@@ -32,6 +32,11 @@ const CHANNEL_CAPACITY: usize = 256;
 
 pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     check::require_capabilities()?;
+    let scope = args.scope();
+    let selects_namespaces = scope.namespace_selector.is_some();
+    if selects_namespaces && args.pods_from == PodSource::Cri {
+        bail!("--namespace-selector needs --pods-from kubernetes: the runtime knows no namespaces");
+    }
     if let Err(missing) = syscalls::verify_syscalls(Purpose::Mount) {
         return unsupported::run_agent(missing, common, args.listen).await;
     }
@@ -50,7 +55,7 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     watchers.spawn("the watch of lxcfs", lxcfs_watcher.run(lxcfs_changes_tx));
     let events = match args.pods_from {
         PodSource::Kubernetes => {
-            watch_api_server(args.node_name, &updates_tx, &mut watchers).await?
+            watch_api_server(args.node_name, selects_namespaces, &updates_tx, &mut watchers).await?
         }
         PodSource::Cri => {
             watchers
@@ -84,7 +89,7 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
         runtime: Runtime::new(common.pid_from, cri),
         events,
         state: State::new(StateConfig {
-            inject_by_default: args.inject_by_default,
+            scope,
             has_namespaces: args.pods_from == PodSource::Kubernetes,
             adopt: args.adopt,
         }),
@@ -107,9 +112,11 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Watches pods and namespaces at the API server. Returns where Events go.
+/// Watches pods and namespaces at the API server: those with the label, or all. Returns where
+/// Events go.
 async fn watch_api_server(
     node_name: Option<String>,
+    all_namespaces: bool,
     updates: &mpsc::Sender<Update>,
     watchers: &mut Watchers,
 ) -> Result<Events> {
@@ -126,7 +133,7 @@ async fn watch_api_server(
     );
     watchers.spawn(
         "the watch of namespaces",
-        kubernetes::watch_namespaces(client.clone(), updates.clone()),
+        kubernetes::watch_namespaces(client.clone(), all_namespaces, updates.clone()),
     );
     let (events, publisher) = Events::to_pods(client, node);
     watchers.spawn("the publisher of Events", publisher);

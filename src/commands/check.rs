@@ -15,7 +15,7 @@ use crate::{
         cri::{CriClient, Version},
     },
     sys::{
-        host_root::HostRoot,
+        host_root::{self, HostRoot},
         syscalls::{self, Purpose},
     },
 };
@@ -89,7 +89,8 @@ pub(super) fn require_capabilities() -> Result<(), MissingCapability> {
 pub(super) async fn run(common: Common, nri_socket: &Path, output: Output) -> Result<ExitCode> {
     let cri = CriClient::new(common.cri_endpoint, common.host_root.clone());
     let nri = nri(&common.host_root, nri_socket).await;
-    let checks = all(&common.lxcfs_path, &cri, nri).await;
+    let mut checks = all(&common.lxcfs_path, &cri, nri).await;
+    checks.push(selinux_of_node(&common.host_root));
     print(output, &checks, || checks.iter().map(ToString::to_string).collect())?;
     let failed = checks.iter().any(|c| c.verdict == Verdict::Fail);
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
@@ -226,21 +227,71 @@ fn disabled(enabled: lxcfs::Enabled) -> Option<String> {
     })
 }
 
-/// All containers' processes are visible only in the host's pid namespace, which has the kernel
-/// threads.
+/// All containers' processes are visible only in the node's pid namespace.
 fn host_pids() -> Check {
-    let is_host = procfs::process::all_processes().is_ok_and(|all| {
-        all.filter_map(Result::ok)
-            .filter_map(|p| p.stat().ok())
-            .any(|stat| stat.comm == "kthreadd" && stat.ppid == 0)
-    });
-    if is_host {
-        ok("pids", "in the host's pid namespace")
+    let all = procfs::process::all_processes().into_iter().flatten();
+    let stats = all.filter_map(|process| process.ok()?.stat().ok());
+    pids(stats.map(|stat| (stat.comm, stat.ppid)))
+}
+
+/// The programs of the kubelet and of runtimes, as `/proc/PID/comm` has them: of kubeadm's nodes,
+/// k3s, RKE2 and MicroK8s. k0s runs the first two.
+const NODE_PROGRAMS: [&str; 8] =
+    ["kubelet", "containerd", "crio", "dockerd", "isulad", "k3s-server", "k3s-agent", "kubelite"];
+
+/// Decides by the names and the parents of the visible processes. The host's pid namespace has the
+/// kernel threads. A node that is a container itself, as with kind, has a pid namespace without
+/// them, but with the kubelet and its runtime, which no pod without `hostPID` sees.
+fn pids(processes: impl IntoIterator<Item = (String, i32)>) -> Check {
+    const NAME: &str = "pids";
+    let mut nested_node = false;
+    for (comm, parent) in processes {
+        if comm == "kthreadd" && parent == 0 {
+            return ok(NAME, "in the host's pid namespace");
+        }
+        nested_node |= NODE_PROGRAMS.contains(&&*comm);
+    }
+    if nested_node {
+        return ok(NAME, "in the node's pid namespace, within another one");
+    }
+    warn(
+        NAME,
+        "not in the host's pid namespace: only processes below it are visible; \
+         in a pod set hostPID: true",
+    )
+}
+
+/// Types of processes that SELinux does not restrict: of hosts and container-selinux, and of
+/// Bottlerocket.
+const UNCONFINED_TYPES: [&str; 5] =
+    ["spc_t", "super_t", "unconfined_t", "unconfined_service_t", "kernel_t"];
+
+fn selinux_of_node(host_root: &HostRoot) -> Check {
+    let enforce = host_root
+        .open(Path::new("/sys/fs/selinux/enforce"))
+        .and_then(|file| std::fs::read_to_string(host_root::by_descriptor(&file)));
+    let context = std::fs::read_to_string("/proc/self/attr/current");
+    let is_enforcing = enforce.is_ok_and(|text| text.trim() == "1");
+    selinux(is_enforcing, context.as_deref().unwrap_or_default())
+}
+
+/// Decides by the node's mode and this process's context, `USER:ROLE:TYPE:LEVEL`.
+fn selinux(is_enforcing: bool, context: &str) -> Check {
+    const NAME: &str = "selinux";
+    if !is_enforcing {
+        return ok(NAME, "not in enforcing mode");
+    }
+    let context = context.trim_end_matches(['\0', '\n']);
+    let own_type = context.split(':').nth(2).unwrap_or("unknown");
+    if UNCONFINED_TYPES.contains(&own_type) {
+        ok(NAME, format!("enforcing; the type {own_type} is not restricted"))
     } else {
         warn(
-            "pids",
-            "not in the host's pid namespace: only processes below it are visible; \
-             in a pod set hostPID: true",
+            NAME,
+            format!(
+                "enforcing; the type {own_type} may be denied to mount and to connect to the \
+                 runtime; in a pod set the type spc_t, as presets/selinux.yaml of the chart does"
+            ),
         )
     }
 }
@@ -282,6 +333,40 @@ async fn api_server() -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pid_namespace_is_recognised_by_its_processes() {
+        use Verdict::{Ok, Warn};
+        for (processes, expected, detail) in [
+            (&[("systemd", 0), ("kthreadd", 0), ("kubelet", 1)][..], Ok, "the host's"),
+            (&[("systemd", 0), ("containerd", 1)], Ok, "the node's"),
+            (&[("init", 0), ("k3s-server", 1)], Ok, "the node's"),
+            (&[("kube-lxcfs", 0)], Warn, "hostPID"),
+            // A process that passes for the kernel's, or a shared pid namespace of a pod.
+            (&[("pause", 0), ("kthreadd", 1)], Warn, "hostPID"),
+            (&[], Warn, "hostPID"),
+        ] {
+            let check = pids(processes.iter().map(|(comm, parent)| ((*comm).to_owned(), *parent)));
+            assert_eq!(check.verdict, expected, "{processes:?}");
+            assert!(check.detail.contains(detail), "{processes:?}: {}", check.detail);
+        }
+    }
+
+    #[test]
+    fn selinux_type_is_checked_in_enforcing_mode() {
+        use Verdict::{Ok, Warn};
+        for (is_enforcing, context, expected, detail) in [
+            (false, "system_u:system_r:container_t:s0:c1,c2\0", Ok, "not in enforcing"),
+            (true, "system_u:system_r:container_t:s0:c1,c2\0", Warn, "container_t may be denied"),
+            (true, "system_u:system_r:spc_t:s0\0", Ok, "spc_t is not restricted"),
+            (true, "system_u:system_r:super_t:s0\n", Ok, "super_t is not restricted"),
+            (true, "", Warn, "the type unknown"),
+        ] {
+            let check = selinux(is_enforcing, context);
+            assert_eq!(check.verdict, expected, "{context}");
+            assert!(check.detail.contains(detail), "{context}: {}", check.detail);
+        }
+    }
 
     #[test]
     fn wrong_values_depend_on_version_and_cgroups() {

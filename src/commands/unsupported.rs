@@ -31,7 +31,8 @@ pub(super) async fn run_agent(
     let reply = async {
         while let Some(request) = requests.recv().await {
             let not_ready_reason = Some(missing.to_string());
-            let _ = request.send(Snapshot { not_ready_reason, containers: Vec::new() });
+            let snapshot = Snapshot { not_ready_reason, lxcfs_up: false, containers: Vec::new() };
+            let _ = request.send(snapshot);
         }
     };
     let metrics = Metrics::default();

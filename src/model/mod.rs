@@ -3,6 +3,7 @@
 
 pub mod container_id;
 pub mod pod;
+pub mod selector;
 pub mod status;
 pub mod text;
 pub mod view;

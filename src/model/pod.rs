@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::container_id::ContainerId;
+use super::{container_id::ContainerId, selector::Labels};
 
 /// Pod annotation and namespace label that opt in or out: `"true"` or `"false"`.
 pub const INJECT_KEY: &str = "kube-lxcfs.io/inject";
@@ -42,6 +42,7 @@ pub struct Pod {
     pub namespace: String,
     pub name: String,
     pub annotations: Annotations,
+    pub labels: Labels,
     /// All of them: init, sidecar and ephemeral containers too.
     pub containers: Vec<Container>,
 }
@@ -59,11 +60,11 @@ pub struct Container {
     pub nests_containers: bool,
 }
 
-/// A namespace that carries the label [`INJECT_KEY`].
+/// A namespace whose labels may decide about its pods.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Namespace {
     pub name: String,
-    pub label: String,
+    pub labels: Labels,
 }
 
 /// The source that first reported that a container needs a view.
@@ -98,9 +99,9 @@ pub enum Update {
     PodApplied(Pod),
     /// The pod with this uid was deleted.
     PodDeleted(String),
-    /// The complete list of the namespaces that carry the label.
+    /// The complete list of the namespaces: those that carry the label [`INJECT_KEY`], or all.
     NamespacesReplaced(Vec<Namespace>),
-    /// The label of a namespace was added or changed.
+    /// A namespace was added, or its labels changed.
     NamespaceApplied(Namespace),
     /// The namespace with this name lost the label or was deleted.
     NamespaceDeleted(String),

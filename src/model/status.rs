@@ -55,8 +55,10 @@ pub struct DesiredStatus {
 /// The agent's state at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
-    /// The reason why the agent is not ready, as far as its loop knows.
+    /// The reason why the agent is not ready, as far as its loop knows, apart from lxcfs.
     pub not_ready_reason: Option<String>,
+    /// Whether lxcfs serves.
+    pub lxcfs_up: bool,
     pub containers: Vec<ContainerStatus>,
 }
 

@@ -24,11 +24,13 @@ use tonic::{
 use super::{Error as RuntimeError, guest_kernel};
 use crate::{model::container_id::ContainerId, sys::host_root::HostRoot};
 
-/// The usual sockets, in the order they are tried: containerd (its own, k3s's), CRI-O, cri-dockerd,
-/// iSulad.
-const DEFAULT_ENDPOINTS: [&str; 5] = [
+/// The usual sockets, in the order they are tried: containerd (its own; k3s's and RKE2's; k0s's;
+/// MicroK8s's), CRI-O, cri-dockerd, iSulad.
+const DEFAULT_ENDPOINTS: [&str; 7] = [
     "/run/containerd/containerd.sock",
     "/run/k3s/containerd/containerd.sock",
+    "/run/k0s/containerd.sock",
+    "/var/snap/microk8s/common/run/containerd.sock",
     "/run/crio/crio.sock",
     "/run/cri-dockerd.sock",
     "/var/run/isulad.sock",
@@ -108,8 +110,8 @@ pub struct CriClient {
 }
 
 impl CriClient {
-    /// Sockets are looked up in `host_root`. Without an endpoint, the first of the usual ones that
-    /// responds is used.
+    /// Sockets are looked up in `host_root`. Without an endpoint, the first of the usual ones whose
+    /// runtime has pods is used, else the first that responds.
     pub fn new(endpoint: Option<CriEndpoint>, host_root: HostRoot) -> CriClient {
         CriClient { endpoint, host_root, connection: Arc::default() }
     }
@@ -245,23 +247,34 @@ impl CriClient {
         }
         let found = match &self.endpoint {
             Some(CriEndpoint(path)) => connect(&self.host_root, path).await?,
-            None => {
-                let mut tried = Err(Error::NoEndpoint);
-                for path in DEFAULT_ENDPOINTS.map(Path::new) {
-                    match connect(&self.host_root, path).await {
-                        Ok(found) => {
-                            tried = Ok(found);
-                            break;
-                        }
-                        Err(Error::Missing(_)) => {}
-                        // The error of a socket that exists is more useful than that there is none.
-                        Err(e) => tried = tried.or(Err(e)),
-                    }
-                }
-                tried?
-            }
+            None => self.search().await?,
         };
         Ok(connection.insert(found).clone())
+    }
+
+    /// The first of the usual sockets whose runtime has pods: beside the kubelet's runtime there
+    /// may be another one, such as Docker's containerd on a node of k3s. If none has pods, the
+    /// first that responds.
+    async fn search(&self) -> Result<Connection, Error> {
+        let mut best = Err(Error::NoEndpoint);
+        for path in DEFAULT_ENDPOINTS.map(Path::new) {
+            match connect(&self.host_root, path).await {
+                Ok(mut found) => {
+                    let request = with_timeout(ListPodSandboxRequest::default());
+                    let pods = found.client.list_pod_sandbox(request).await;
+                    if pods.is_ok_and(|pods| !pods.into_inner().items.is_empty()) {
+                        return Ok(found);
+                    }
+                    if best.is_err() {
+                        best = Ok(found);
+                    }
+                }
+                Err(Error::Missing(_)) => {}
+                // The error of a socket that exists is more useful than that there is none.
+                Err(e) => best = best.or(Err(e)),
+            }
+        }
+        best
     }
 }
 

@@ -181,17 +181,22 @@ async fn list_started(cri: &CriClient) -> Result<Vec<StartedContainer>, Error> {
 async fn sandboxes(cri: &CriClient) -> Result<Vec<(String, Pod)>, Error> {
     let sandboxes = cri.list_ready_sandboxes().await?.into_iter();
     Ok(sandboxes
-        .map(|s| (s.id, into_pod(s.metadata.unwrap_or_default(), &s.annotations)))
+        .map(|s| (s.id, into_pod(s.metadata.unwrap_or_default(), s.labels, &s.annotations)))
         .collect())
 }
 
 /// A pod as its sandbox describes it, without its containers.
-fn into_pod(metadata: PodSandboxMetadata, annotations: &HashMap<String, String>) -> Pod {
+fn into_pod(
+    metadata: PodSandboxMetadata,
+    labels: HashMap<String, String>,
+    annotations: &HashMap<String, String>,
+) -> Pod {
     Pod {
         uid: metadata.uid,
         namespace: metadata.namespace,
         name: metadata.name,
         annotations: Annotations::from_map(annotations),
+        labels: labels.into_iter().collect(),
         containers: Vec::new(),
     }
 }
@@ -208,14 +213,14 @@ fn update(event: ContainerEventResponse) -> Option<Update> {
     }
     let status =
         event.containers_statuses.into_iter().find(|status| status.id == event.container_id)?;
-    let PodSandboxStatus { metadata, annotations, .. } = event.pod_sandbox_status?;
+    let PodSandboxStatus { metadata, labels, annotations, .. } = event.pod_sandbox_status?;
     // An old event may come late: a runtime keeps those that no client has received.
     if kind != ContainerEventType::ContainerStartedEvent
         || status.state != ContainerState::ContainerRunning as i32
     {
         return None;
     }
-    let pod = into_pod(metadata?, &annotations);
+    let pod = into_pod(metadata?, labels, &annotations);
     Some(Update::ContainerStarted(
         StartedContainer { pod, name: status.metadata?.name, id, pid: None },
         Trigger::Cri,

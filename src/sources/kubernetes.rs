@@ -5,7 +5,7 @@
 //! from the API server's cache (`resourceVersion=0`), the watches use bookmarks, and what follows
 //! a failure or an early end of a watch is spread at random ([`Retries`], [`Reconnects`]). Only the
 //! fields below are decoded of a pod. Of namespaces, only the metadata of those with the label is
-//! requested.
+//! requested; with `--namespace-selector`, of all.
 
 use std::{
     borrow::Cow,
@@ -31,6 +31,7 @@ use crate::{
     model::{
         container_id::ContainerId,
         pod::{Annotations, Container, INJECT_KEY, Namespace, Pod, Update},
+        selector::Labels,
     },
     telemetry::{Backoff, Delays, OutageLog},
 };
@@ -58,12 +59,13 @@ pub async fn watch_pods(client: Client, node: String, updates: Sender<Update>) {
     forward("pods", stream, |pod| Some(into_pod(pod)), |pod| pod.uid.clone(), kinds, updates).await;
 }
 
-/// Watches the labels of namespaces until the receiver is dropped.
-pub async fn watch_namespaces(client: Client, updates: Sender<Update>) {
+/// Watches the labels of namespaces until the receiver is dropped: of those with the label
+/// [`INJECT_KEY`], or of `all`.
+pub async fn watch_namespaces(client: Client, all: bool, updates: Sender<Update>) {
     let client = spread_reconnects(client, tokio::time::sleep);
     let api: Api<PartialObjectMeta<core::Namespace>> = Api::all(client);
     // To a watch that selects by the label, a namespace that loses it appears as deleted.
-    let config = cached_lists().labels(INJECT_KEY);
+    let config = if all { cached_lists() } else { cached_lists().labels(INJECT_KEY) };
     let stream = watcher::watcher(api, config);
     let kinds = UpdateKinds {
         replaced: Update::NamespacesReplaced,
@@ -226,8 +228,8 @@ async fn forward<K: Send + 'static, T>(
 }
 
 fn into_namespace(namespace: PartialObjectMeta<core::Namespace>) -> Option<Namespace> {
-    let label = namespace.metadata.labels?.remove(INJECT_KEY)?;
-    Some(Namespace { name: namespace.metadata.name?, label })
+    let labels = namespace.metadata.labels.unwrap_or_default();
+    Some(Namespace { name: namespace.metadata.name?, labels })
 }
 
 /// The fields of a Pod that are decoded.
@@ -247,6 +249,7 @@ struct SlimMeta {
     /// The fields that kube's watcher reads: name, namespace, uid, resource version.
     kube: ObjectMeta,
     annotations: Annotations,
+    labels: Labels,
 }
 
 #[derive(Deserialize)]
@@ -258,12 +261,15 @@ struct FullMeta {
     resource_version: Option<String>,
     #[serde(default)]
     annotations: std::collections::BTreeMap<String, String>,
+    #[serde(default)]
+    labels: Labels,
 }
 
 impl From<FullMeta> for SlimMeta {
     fn from(full: FullMeta) -> Self {
         SlimMeta {
             annotations: Annotations::from_map(&full.annotations),
+            labels: full.labels,
             kube: ObjectMeta {
                 name: full.name,
                 namespace: full.namespace,
@@ -379,12 +385,13 @@ fn into_pod(pod: SlimPod) -> Pod {
         name: c.name,
     };
     let containers = all.map(container).collect();
-    let SlimMeta { kube, annotations } = pod.metadata;
+    let SlimMeta { kube, annotations, labels } = pod.metadata;
     Pod {
         uid: kube.uid.unwrap_or_default(),
         namespace: kube.namespace.unwrap_or_default(),
         name: kube.name.unwrap_or_default(),
         annotations,
+        labels,
         containers,
     }
 }
@@ -461,8 +468,12 @@ mod tests {
     #[tokio::test]
     async fn lists_are_requested_from_cache() {
         let pods = first_request(|client, updates| watch_pods(client, "n".into(), updates)).await;
-        let namespaces = first_request(watch_namespaces).await;
-        for request in [pods, namespaces] {
+        let labelled = first_request(|client, updates| watch_namespaces(client, false, updates));
+        let all = first_request(|client, updates| watch_namespaces(client, true, updates));
+        let (labelled, all) = (labelled.await, all.await);
+        assert!(labelled.contains("labelSelector="), "{labelled}");
+        assert!(!all.contains("labelSelector="), "{all}");
+        for request in [pods, labelled, all] {
             let is_cached = request.contains("resourceVersion=0") && !request.contains("limit=");
             assert!(is_cached, "{request}");
         }

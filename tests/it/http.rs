@@ -25,6 +25,13 @@ fn metrics_status_and_readiness_match_the_node() {
             (503, why) if why == "no lxcfs serves\n" => Ok(()),
             (code, why) => Err(format!("{code} {why}")),
         });
+        assert_eq!(get(&agent, "/readyz?exclude=lxcfs"), (200, "ok\n".into()));
+        assert_eq!(get(&agent, "/readyz?exclude=cri&verbose").0, 503);
+        let (code, endpoints) = get(&agent, "/");
+        assert_eq!(code, 200);
+        for endpoint in ["/healthz", "/readyz", "/metrics", "/status"] {
+            assert!(endpoints.lines().any(|line| line.starts_with(endpoint)), "{endpoints}");
+        }
         let metric = |name: &str| metric(&agent, name);
         let is = |name: &str, value: u32| {
             let expected = f64::from(value);

@@ -148,6 +148,44 @@ fn sockets_are_found_below_the_host_root() {
     });
 }
 
+/// A node with two runtimes, of which only the second has pods.
+#[test]
+fn runtime_that_has_pods_is_found() {
+    isolated(|| {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| {
+            let path = root.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(&path, "").unwrap();
+            path
+        };
+        let found = || {
+            let host_root = root.path().to_str().unwrap();
+            let output = run(&["check", "--host-root", host_root, "-o", "json"]);
+            let checks: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+            let cri = checks.as_array().unwrap().iter().find(|check| check["name"] == "cri");
+            cri.unwrap()["detail"].as_str().unwrap().to_owned()
+        };
+        assert!(found().starts_with("no CRI runtime responds at /run/containerd/"), "{}", found());
+        let (idle, busy) = (Containerd::start(), Containerd::start());
+        for (runtime, path) in [
+            (&idle, "run/containerd/containerd.sock"),
+            (&busy, "var/snap/microk8s/common/run/containerd.sock"),
+        ] {
+            let socket = runtime.dir.path().join("sock");
+            let flags = nix::mount::MsFlags::MS_BIND;
+            nix::mount::mount(Some(&socket), &at(path), None::<&str>, flags, None::<&str>).unwrap();
+        }
+        assert!(found().ends_with(" at /run/containerd/containerd.sock"), "{}", found());
+        let _pod = busy.run(&PodSpec { name: "a", annotations: &[], containers: &[] });
+        let detail = found();
+        assert!(detail.ends_with(" at /var/snap/microk8s/common/run/containerd.sock"), "{detail}");
+        for path in ["run/containerd", "var/snap/microk8s/common/run"] {
+            nix::mount::umount(&root.path().join(path).join("containerd.sock")).unwrap();
+        }
+    });
+}
+
 #[test]
 fn without_cri_nri_gives_the_pids() {
     isolated(|| {

@@ -34,8 +34,19 @@ fn pod(uid: &str, inject: Option<&str>, ids: [Option<u32>; 2]) -> Pod {
         namespace: "ns".into(),
         name: uid.into(),
         annotations: Annotations { inject: inject.map(Into::into), ..Annotations::default() },
+        labels: Labels::new(),
         containers: containers.collect(),
     }
+}
+
+/// The namespace of all pods, with the label.
+fn labelled(value: &str) -> Namespace {
+    let label = (pod::INJECT_KEY.to_owned(), value.to_owned());
+    Namespace { name: "ns".into(), labels: [label].into() }
+}
+
+fn by_default() -> Scope {
+    Scope { inject_by_default: true, ..Scope::default() }
 }
 
 fn listed(pods: Vec<Pod>) -> State {
@@ -62,11 +73,42 @@ fn decisions_wait_for_pods_and_namespaces() {
     let mut state = State::new(StateConfig { has_namespaces: true, ..StateConfig::default() });
     state.update(Update::PodsReplaced(vec![pod("p", None, [Some(1), None])]), Instant::now());
     assert_eq!(state.poll_operations(now), []);
-    state.update(
-        Update::NamespacesReplaced(vec![Namespace { name: "ns".into(), label: "true".into() }]),
-        Instant::now(),
-    );
+    state.update(Update::NamespacesReplaced(vec![labelled("true")]), Instant::now());
     assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
+}
+
+#[test]
+fn changed_labels_of_pod_and_namespace_take_effect() {
+    let now = Instant::now();
+    let scope = Scope {
+        pod_selector: Some("app=web".parse().unwrap()),
+        namespace_selector: Some("team".parse().unwrap()),
+        ..Scope::default()
+    };
+    let config = StateConfig { scope, has_namespaces: true, ..StateConfig::default() };
+    let mut state = State::new(config);
+    state.update(Update::NamespacesReplaced(Vec::new()), now);
+    let with = |labels: &[(&str, &str)]| Pod {
+        labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+        ..pod("p", None, [Some(1), None])
+    };
+    let desired = |state: &State| state.containers[&id(1)].desired;
+    let all = DesiredView::Exactly(FileSet::ALL);
+    // Over NRI, before the watch.
+    let sandbox = Pod { containers: Vec::new(), ..with(&[("app", "web")]) };
+    let start = StartedContainer { pod: sandbox, ..started("p", None, 1) };
+    state.update(Update::ContainerStarted(start, Trigger::Nri), now);
+    assert_eq!(desired(&state), DesiredView::AtLeast(FileSet::ALL));
+    state.update(Update::PodsReplaced(vec![with(&[("app", "web")])]), now);
+    assert_eq!(desired(&state), all);
+    state.update(Update::PodApplied(with(&[("app", "db")])), now);
+    assert_eq!(desired(&state), DesiredView::Absent);
+    let labels = [("team".to_owned(), "a".to_owned())].into();
+    let namespace = Namespace { name: "ns".into(), labels };
+    state.update(Update::NamespaceApplied(namespace), now);
+    assert_eq!(desired(&state), all);
+    state.update(Update::NamespaceDeleted("ns".into()), now);
+    assert_eq!(desired(&state), DesiredView::Absent);
 }
 
 #[test]
@@ -215,7 +257,7 @@ fn nesting_container_is_skipped_with_one_event() {
         pod.containers[1].nests_containers = true;
         pod
     };
-    let mut state = State::new(StateConfig { inject_by_default: true, ..StateConfig::default() });
+    let mut state = State::new(StateConfig { scope: by_default(), ..StateConfig::default() });
     // The runtime reports the start without the spec, which the watch then adds.
     let of_b = StartedContainer { name: "b".into(), ..started("p", None, 2) };
     state.update(Update::ContainerStarted(of_b, Trigger::Nri), now);
@@ -562,10 +604,7 @@ impl Node {
             Input::Label(value) => {
                 self.label = value;
                 let update = match value {
-                    Some(value) => Update::NamespaceApplied(Namespace {
-                        name: "ns".into(),
-                        label: value.into(),
-                    }),
+                    Some(value) => Update::NamespaceApplied(labelled(value)),
                     None => Update::NamespaceDeleted("ns".into()),
                 };
                 self.state.update(update, self.now);

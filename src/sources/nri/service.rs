@@ -211,6 +211,7 @@ pub(super) fn empty(stream: u32) -> Message {
 fn into_pod(sandbox: ttrpc::PodSandbox) -> Pod {
     Pod {
         annotations: Annotations::from_map(&sandbox.annotations),
+        labels: sandbox.labels,
         uid: sandbox.uid,
         namespace: sandbox.namespace,
         name: sandbox.name,

@@ -238,6 +238,8 @@ pub struct PodSandbox {
     pub uid: String,
     #[prost(string, tag = "4")]
     pub namespace: String,
+    #[prost(btree_map = "string, string", tag = "5")]
+    pub labels: std::collections::BTreeMap<String, String>,
     #[prost(btree_map = "string, string", tag = "6")]
     pub annotations: std::collections::BTreeMap<String, String>,
     #[prost(string, tag = "7")]
