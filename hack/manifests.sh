@@ -5,10 +5,25 @@ cd "$(dirname "$0")/.."
 . hack/lib.sh
 
 PATH="$(hack/offline/helm.sh):$PATH"
+# Rendered for 1.29: earlier servers refuse the field appArmorProfile, and later ones still take the
+# annotation instead.
 render() {
-    echo "# Rendered from charts/kube-lxcfs by make manifests, for Kubernetes 1.30 and later."
-    echo "# Needs the namespace kube-lxcfs."
-    helm template kube-lxcfs charts/kube-lxcfs --namespace kube-lxcfs --kube-version 1.30.0 \
+    cat <<'YAML'
+# Rendered from charts/kube-lxcfs by make manifests. kustomization.yaml sets the images.
+---
+apiVersion: v1
+kind: Namespace
+metadata:
+  name: kube-lxcfs
+  labels:
+    app.kubernetes.io/name: kube-lxcfs
+    app.kubernetes.io/instance: kube-lxcfs
+    # The pods enter other pods' namespaces: Pod Security must allow that here.
+    pod-security.kubernetes.io/enforce: privileged
+    pod-security.kubernetes.io/audit: privileged
+    pod-security.kubernetes.io/warn: privileged
+YAML
+    helm template kube-lxcfs charts/kube-lxcfs --namespace kube-lxcfs --kube-version 1.29.0 \
         --skip-tests
 }
 if [ "${1-}" = --check ]; then

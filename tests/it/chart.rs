@@ -41,7 +41,7 @@ fn template(more: &[&str]) -> Output {
 }
 
 /// Every value, changed from its default.
-const CHANGED: [&str; 33] = [
+const CHANGED: &[&str] = &[
     "image.repository=r.example/k,image.tag=v9,image.pullPolicy=Always,\
      imagePullSecrets[0].name=regcred",
     "nameOverride=other",
@@ -86,16 +86,35 @@ const CHANGED: [&str; 33] = [
     "lxcfs.extraVolumes[0].name=v,lxcfs.extraVolumes[0].emptyDir.medium=Memory,\
      lxcfs.extraVolumeMounts[0].name=v,lxcfs.extraVolumeMounts[0].mountPath=/v",
     "podMonitor.enabled=true,podMonitor.interval=1m,podMonitor.labels.a=b,\
-     serviceMonitor.enabled=true,serviceMonitor.interval=1m,serviceMonitor.labels.a=b",
+     podMonitor.scrapeTimeout=5s,podMonitor.relabelings[0].action=labeldrop,\
+     podMonitor.relabelings[0].regex=x,podMonitor.metricRelabelings[0].action=labeldrop,\
+     podMonitor.metricRelabelings[0].regex=x",
+    "serviceMonitor.enabled=true,serviceMonitor.interval=1m,serviceMonitor.labels.a=b,\
+     serviceMonitor.scrapeTimeout=5s,serviceMonitor.relabelings[0].action=labeldrop,\
+     serviceMonitor.relabelings[0].regex=x,serviceMonitor.metricRelabelings[0].action=labeldrop,\
+     serviceMonitor.metricRelabelings[0].regex=x",
+    "global.imageRegistry=r.example:5000,global.imagePullSecrets[0]=a,\
+     global.imagePullSecrets[1].name=b",
+    DIGESTS,
+    "agent.minReadySeconds=3,agent.revisionHistoryLimit=2,\
+     lxcfs.minReadySeconds=3,lxcfs.revisionHistoryLimit=2",
+    "lxcfs.log.format=json,lxcfs.log.level=debug",
+    "podSelector=team=a,namespaceSelector=!batch,excludeNamespaces[0]=kube-system",
+    "openshift.scc=true",
+    "lxcfs.seLinuxOptions.type=spc_t",
     "prometheusRule.enabled=true,prometheusRule.labels.a=b,dashboard.enabled=true,\
      dashboard.labels.a=b,test.image=b:2,test.pullPolicy=Never",
     "rbac.create=false,serviceAccount.create=false,serviceAccount.name=mine",
     "serviceAccount.annotations.a=b,networkPolicy.enabled=true,\
      networkPolicy.from[0].podSelector.matchLabels.a=b",
-    "podMonitor.enabled=true,serviceMonitor.enabled=true,prometheusRule.enabled=true,\
-     dashboard.enabled=true,networkPolicy.enabled=true",
+    "serviceMonitor.enabled=true,prometheusRule.enabled=true,dashboard.enabled=true,\
+     networkPolicy.enabled=true",
     EVENT_POLICY,
 ];
+
+const DIGESTS: &str = "image.digest=\
+     sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef,lxcfs.image.digest=\
+     sha256:fedcba9876543210fedcba9876543210fedcba9876543210fedcba9876543210";
 
 /// Needs a newer API server than that of these tests.
 const EVENT_POLICY: &str = "eventPolicy.enabled=true";
@@ -107,13 +126,15 @@ fn every_value_renders_valid_objects() {
         assert!(lint.status.success(), "{}", stdout(&lint));
         let (cluster, dir) = (Cluster::start(), tempfile::tempdir().unwrap());
         let plain = stdout(&template(&[]));
-        for changed in CHANGED {
+        for &changed in CHANGED {
             let version: &[&str] =
                 if changed == EVENT_POLICY { &["--kube-version", "1.30.0"] } else { &[] };
             let rendered = template(&[version, &["--set", changed]].concat());
             assert!(rendered.status.success(), "{changed}: {}", stderr(&rendered));
             let rendered = stdout(&rendered);
             assert_ne!(rendered, plain, "{changed} has no effect");
+            let blank = rendered.lines().find(|line| line.ends_with(' '));
+            assert_eq!(blank, None, "{changed}: trailing whitespace");
             if changed == EVENT_POLICY {
                 continue;
             }
@@ -132,6 +153,15 @@ fn every_value_renders_valid_objects() {
                 file.to_str().unwrap(),
             ]);
         }
+        for preset in presets() {
+            let rendered = template(&["--values", preset.to_str().unwrap()]);
+            assert!(rendered.status.success(), "{preset:?}: {}", stderr(&rendered));
+            assert_ne!(stdout(&rendered), plain, "{preset:?} has no effect");
+            let file = dir.path().join("rendered.yaml");
+            fs::write(&file, rendered.stdout).unwrap();
+            let file = file.to_str().unwrap();
+            cluster.kubectl(&["apply", "--dry-run=server", "--validate=true", "-f", file]);
+        }
         for example in fs::read_dir(repository("manifests/examples")).unwrap() {
             cluster.kubectl(&[
                 "apply",
@@ -142,6 +172,98 @@ fn every_value_renders_valid_objects() {
             ]);
         }
     });
+}
+
+fn presets() -> Vec<PathBuf> {
+    let files = fs::read_dir(repository("charts/kube-lxcfs/presets")).unwrap();
+    let mut files: Vec<PathBuf> = files.map(|file| file.unwrap().path()).collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn each_preset_has_status_and_source() {
+    let names = presets().into_iter().map(|file| {
+        let text = fs::read_to_string(&file).unwrap();
+        let status = text.lines().find_map(|line| line.strip_prefix("# Status: "));
+        let known = status.is_some_and(|s| s.starts_with("tested.") || s.starts_with("expected."));
+        assert!(known, "{file:?}: {status:?}");
+        assert!(text.contains("\n# Source: https://"), "{file:?}");
+        file.file_stem().unwrap().to_str().unwrap().to_owned()
+    });
+    let expected = [
+        "aks",
+        "bottlerocket",
+        "eks-al2023",
+        "gke-cos",
+        "k0s",
+        "k3s",
+        "kind",
+        "microk8s",
+        "minikube",
+        "openshift",
+        "rke2",
+        "selinux",
+        "talos",
+    ];
+    assert_eq!(names.collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn selectors_and_exclusions_reach_the_agent() {
+    let env = |values: &str, name: &str| {
+        let rendered = stdout(&template(&["--set", values]));
+        let after = rendered.split_once(&format!("- name: {name}\n"));
+        after.map(|(_, rest)| fields(rest, "value")[0].to_owned())
+    };
+    let excluded = |values: &str| env(values, "KUBE_LXCFS_EXCLUDE_NAMESPACES");
+    assert_eq!(excluded("adopt=true"), None);
+    // The release is in kube-system.
+    assert_eq!(excluded("injectByDefault=true").as_deref(), Some("kube-system,kube-node-lease"));
+    let own = stdout(&template(&["--set", "injectByDefault=true", "--namespace", "own"]));
+    assert!(own.contains("\"kube-system,kube-node-lease,own\""), "{own}");
+    let named = "injectByDefault=true,excludeNamespaces={a,b}";
+    assert_eq!(excluded(named).as_deref(), Some("a,b"));
+    let selector = env("podSelector=tier in (web\\,api)", "KUBE_LXCFS_POD_SELECTOR");
+    assert_eq!(selector.as_deref(), Some("tier in (web,api)"));
+    let without_api = template(&["--set", "namespaceSelector=a,agent.podsFrom=cri"]);
+    let error = stderr(&without_api);
+    assert!(error.contains("needs agent.podsFrom=kubernetes"), "{error}");
+}
+
+/// In a rolling update of both DaemonSets, the pods of neither wait for those of the other.
+#[test]
+fn readiness_of_the_agent_excludes_a_supervised_lxcfs() {
+    for (values, paths) in [
+        ("adopt=false", ["/healthz", "/healthz", "/readyz?exclude=lxcfs"]),
+        ("lxcfs.enabled=false", ["/healthz", "/healthz", "/readyz"]),
+    ] {
+        let file = "templates/agent.yaml";
+        let rendered = stdout(&template(&["--show-only", file, "--set", values]));
+        let probes: Vec<&str> = fields(&rendered, "path")
+            .into_iter()
+            .filter(|path| path.ends_with('z') || path.contains('?'))
+            .collect();
+        assert_eq!(probes, paths, "{values}");
+    }
+}
+
+#[test]
+fn notes_name_the_next_commands() {
+    let args = ["install", "x", "charts/kube-lxcfs", "--dry-run=client", "--namespace", "own"];
+    let output = helm(&args);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let text = stdout(&output);
+    let notes = text.split_once("NOTES:\n").unwrap().1;
+    for command in [
+        "kubectl --namespace own rollout status daemonset/x-kube-lxcfs-agent",
+        "kubectl --namespace own rollout status daemonset/x-kube-lxcfs-lxcfs",
+        "kubectl --namespace own exec daemonset/x-kube-lxcfs-agent -- kube-lxcfs check",
+        "helm test x --namespace own",
+        "kubectl annotate pod NAME kube-lxcfs.io/inject=true",
+    ] {
+        assert!(notes.lines().any(|line| line.trim() == command), "{command}: {notes}");
+    }
 }
 
 #[test]
@@ -234,6 +356,12 @@ fn schema_rejects_unknown_and_malformed_values() {
         ("agent.podsFrom=nri", "'/agent/podsFrom'"),
         ("agent.appArmorProfile.type=Localhost", "localhostProfile"),
         ("agent.appArmorProfile.localhostProfile=k", "'/agent/appArmorProfile'"),
+        ("global.imageRegistri=r.example", "'imageRegistri' not allowed"),
+        ("global.imageRegistry=r.example/", "'/global/imageRegistry'"),
+        ("image.digest=0123", "'/image/digest'"),
+        ("excludeNamespaces[0]=a_b", "'/excludeNamespaces/0'"),
+        ("agent.minReadySeconds=-1", "'/agent/minReadySeconds'"),
+        ("podMonitor.scrapeTimeout=soon", "'/podMonitor/scrapeTimeout'"),
     ] {
         let rejected = template(&["--set", invalid]);
         assert!(
@@ -242,6 +370,126 @@ fn schema_rejects_unknown_and_malformed_values() {
             stderr(&rejected)
         );
     }
+}
+
+#[test]
+fn reserved_labels_are_rejected() {
+    for label in
+        ["app\\.kubernetes\\.io/name", "app\\.kubernetes\\.io/component", "helm\\.sh/chart"]
+    {
+        for labels in [
+            "commonLabels",
+            "agent.podLabels",
+            "lxcfs.podLabels",
+            "podMonitor.labels",
+            "serviceMonitor.labels",
+            "prometheusRule.labels",
+            "dashboard.labels",
+        ] {
+            let rejected = template(&["--set", &format!("{labels}.{label}=x")]);
+            let place = format!("at '/{}/", labels.replace('.', "/"));
+            assert!(!rejected.status.success(), "{labels}.{label}");
+            assert!(stderr(&rejected).contains(&place), "{place}: {}", stderr(&rejected));
+        }
+    }
+}
+
+/// The values of a field in rendered objects, in their order.
+fn fields<'a>(rendered: &'a str, name: &str) -> Vec<&'a str> {
+    let values = rendered.lines().filter_map(|line| line.trim().strip_prefix(name));
+    values.filter_map(|rest| rest.strip_prefix(':')).map(|v| v.trim().trim_matches('"')).collect()
+}
+
+#[test]
+fn images_have_registry_and_digest() {
+    let version = env!("CARGO_PKG_VERSION");
+    let images = |values: &str| {
+        let rendered = stdout(&template(&["--set", values]));
+        fields(&rendered, "image").into_iter().map(ToOwned::to_owned).collect::<Vec<_>>()
+    };
+    let plain = [format!("kube-lxcfs:{version}"), format!("kube-lxcfs-lxcfs:{version}")];
+    assert_eq!(images("adopt=false")[..2], plain);
+    let within = |registry: &str| {
+        [
+            format!("{registry}/kube-lxcfs:{version}"),
+            format!("{registry}/kube-lxcfs-lxcfs:{version}"),
+            format!("{registry}/busybox:1"),
+        ]
+    };
+    assert_eq!(images("global.imageRegistry=r.example:5000"), within("r.example:5000"));
+    for repository in ["other.example/a/kube-lxcfs", "localhost/a/kube-lxcfs", "a/kube-lxcfs"] {
+        let values = format!("global.imageRegistry=r.example,image.repository={repository}");
+        assert_eq!(images(&values)[..2], within("r.example/a")[..2], "{repository}");
+    }
+    let digests = images(DIGESTS);
+    assert!(digests[0].starts_with(&format!("kube-lxcfs:{version}@sha256:0123")), "{digests:?}");
+    assert!(digests[1].starts_with(&format!("kube-lxcfs-lxcfs:{version}@sha256:fedc")));
+}
+
+#[test]
+fn pull_secrets_of_chart_and_global_are_joined() {
+    let values = "imagePullSecrets[0].name=a,global.imagePullSecrets[0]=b,\
+                  global.imagePullSecrets[1].name=a";
+    let rendered = stdout(&template(&["--set", values]));
+    for indent in ["      ", "  "] {
+        let joined =
+            format!("\n{indent}imagePullSecrets:\n{indent}  - name: a\n{indent}  - name: b\n");
+        let after = rendered.split(&joined).nth(1).unwrap_or_default();
+        assert!(!after.is_empty() && !after.trim_start().starts_with('-'), "{joined}: {rendered}");
+    }
+}
+
+#[test]
+fn pods_run_on_linux_nodes_only() {
+    // The agent, lxcfs and the pod of `helm test`.
+    let rendered = stdout(&template(&["--set", "agent.nodeSelector.a=b,lxcfs.nodeSelector.a=b"]));
+    assert_eq!(fields(&rendered, "kubernetes.io/os"), ["linux"; 3]);
+    assert_eq!(fields(&rendered, "a"), ["b"; 3]);
+}
+
+#[test]
+fn log_of_the_agent_does_not_change_lxcfs() {
+    let lxcfs = |values: &str| {
+        let file = "templates/lxcfs.yaml";
+        stdout(&template(&["--show-only", file, "--set", values]))
+    };
+    let plain = lxcfs("adopt=false");
+    assert!(plain.contains("RUST_LOG"));
+    for agents in ["log.level=debug", "log.format=json", "agent.workers=3", "agent.podLabels.a=b"] {
+        assert_eq!(lxcfs(agents), plain, "{agents}");
+    }
+    assert_ne!(lxcfs("lxcfs.log.level=debug"), plain);
+}
+
+#[test]
+fn monitor_names_the_node_and_has_one_kind() {
+    for monitor in ["podMonitor", "serviceMonitor"] {
+        let rendered = stdout(&template(&["--set", &format!("{monitor}.enabled=true")]));
+        let relabeling = "      relabelings:\n        \
+                          - sourceLabels: [__meta_kubernetes_pod_node_name]\n          \
+                          targetLabel: node\n";
+        assert!(rendered.contains(relabeling), "{rendered}");
+    }
+    let both = template(&["--set", "podMonitor.enabled=true,serviceMonitor.enabled=true"]);
+    assert!(stderr(&both).contains("exclude each other"), "{}", stderr(&both));
+}
+
+#[test]
+fn chart_label_of_a_build_version_is_valid() {
+    let dir = tempfile::tempdir().unwrap();
+    let chart = repository("charts/kube-lxcfs");
+    let (source, target) = (chart.to_str().unwrap(), dir.path().to_str().unwrap());
+    let copied = std::process::Command::new("cp").args(["-r", source, target]).status().unwrap();
+    assert!(copied.success());
+    let file = dir.path().join("kube-lxcfs/Chart.yaml");
+    let text = fs::read_to_string(&file).unwrap();
+    let version = format!("version: {}", env!("CARGO_PKG_VERSION"));
+    fs::write(&file, text.replacen(&version, "version: 1.2.3-rc.1+build.5", 1)).unwrap();
+    let rendered = helm(&["template", "x", file.parent().unwrap().to_str().unwrap()]);
+    let labels = stdout(&rendered);
+    let labels = fields(&labels, "helm.sh/chart");
+    assert!(!labels.is_empty());
+    assert!(labels.iter().all(|label| *label == "kube-lxcfs-1.2.3-rc.1_build.5"), "{labels:?}");
 }
 
 #[test]
@@ -266,11 +514,38 @@ fn every_value_is_tested_and_documented() {
                     one.strip_prefix(&*name).is_some_and(|rest| rest.starts_with(['=', '.', '[']))
                 })
             };
-            assert!(CHANGED.into_iter().any(sets), "no test sets {name}");
+            assert!(CHANGED.iter().copied().any(sets), "no test sets {name}");
             assert!(readme.contains(&format!("| `{name}` |")), "README.md lacks {name}");
         }
     }
     assert!(count > 60, "{count}");
+}
+
+#[test]
+fn install_manifest_is_accepted_and_its_images_can_be_set() {
+    isolated(|| {
+        let (cluster, dir) = (Cluster::start(), tempfile::tempdir().unwrap());
+        let mut images = Vec::new();
+        for file in ["install.yaml", "kustomization.yaml"] {
+            let text = fs::read_to_string(repository("manifests").join(file)).unwrap();
+            assert_eq!(text.lines().find(|line| line.ends_with(' ')), None, "{file}");
+            let text = text.replace("newName: ", "newName: r.example/");
+            fs::write(dir.path().join(file), text).unwrap();
+        }
+        let rendered = program("kubectl").arg("kustomize").arg(dir.path()).output().unwrap();
+        assert!(rendered.status.success(), "{}", stderr(&rendered));
+        let rendered = stdout(&rendered);
+        images.extend(fields(&rendered, "image"));
+        let version = env!("CARGO_PKG_VERSION");
+        let [agent, lxcfs] =
+            ["kube-lxcfs", "kube-lxcfs-lxcfs"].map(|name| format!("r.example/{name}:{version}"));
+        assert_eq!(images, [agent, lxcfs]);
+        // This API server is older than the field appArmorProfile.
+        let file = dir.path().join("rendered.yaml");
+        fs::write(&file, &rendered).unwrap();
+        cluster.kubectl(&["apply", "--validate=true", "-f", file.to_str().unwrap()]);
+        assert_eq!(fields(&rendered, "pod-security.kubernetes.io/enforce"), ["privileged"]);
+    });
 }
 
 #[test]

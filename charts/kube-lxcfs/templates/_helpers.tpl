@@ -20,13 +20,61 @@
 {{- end -}}
 {{- end }}
 
+{{- /* A repository, in global.imageRegistry if that is set: (list . REPOSITORY). It replaces the
+registry that the repository names, as container runtimes recognise it: by a dot, a colon, or
+"localhost". */ -}}
+{{- define "kube-lxcfs.repository" -}}
+{{- $registry := (first .).Values.global.imageRegistry -}}
+{{- $parts := splitn "/" 2 (last .) -}}
+{{- if not $registry -}}
+{{- last . -}}
+{{- else if and $parts._1 (regexMatch "[.:]|^localhost$" $parts._0) -}}
+{{- printf "%s/%s" $registry $parts._1 -}}
+{{- else -}}
+{{- printf "%s/%s" $registry (last .) -}}
+{{- end -}}
+{{- end }}
+
 {{- define "kube-lxcfs.agentImage" -}}
-{{- .Values.image.repository }}:{{ .Values.image.tag | default .Chart.AppVersion -}}
+{{- include "kube-lxcfs.repository" (list . .Values.image.repository) -}}
+:{{ .Values.image.tag | default .Chart.AppVersion -}}
+{{- with .Values.image.digest }}@{{ . }}{{ end -}}
 {{- end }}
 
 {{- define "kube-lxcfs.lxcfsImage" -}}
-{{- .Values.lxcfs.image.repository | default (printf "%s-lxcfs" .Values.image.repository) -}}
+{{- $default := printf "%s-lxcfs" .Values.image.repository -}}
+{{- $repository := .Values.lxcfs.image.repository | default $default -}}
+{{- include "kube-lxcfs.repository" (list . $repository) -}}
 :{{ .Values.lxcfs.image.tag | default .Values.image.tag | default .Chart.AppVersion -}}
+{{- with .Values.lxcfs.image.digest }}@{{ . }}{{ end -}}
+{{- end }}
+
+{{- /* The field imagePullSecrets of a pod spec, or nothing. Those of global may be names. */ -}}
+{{- define "kube-lxcfs.pullSecrets" -}}
+{{- $secrets := .Values.imagePullSecrets -}}
+{{- range .Values.global.imagePullSecrets -}}
+{{- $secrets = append $secrets (ternary (dict "name" .) . (kindIs "string" .)) -}}
+{{- end -}}
+{{- with uniq $secrets -}}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end -}}
+{{- end }}
+
+{{- /* The field nodeSelector of a pod spec: (list . "agent") */ -}}
+{{- define "kube-lxcfs.nodeSelector" -}}
+nodeSelector:
+  {{- $values := index (first .).Values (last .) }}
+  {{- merge (dict) $values.nodeSelector (dict "kubernetes.io/os" "linux") | toYaml | nindent 2 }}
+{{- end }}
+
+{{- /* Comma-separated namespaces in which only annotations inject, or nothing */ -}}
+{{- define "kube-lxcfs.excludeNamespaces" -}}
+{{- $excluded := .Values.excludeNamespaces -}}
+{{- if and .Values.injectByDefault (not $excluded) -}}
+{{- $excluded = list "kube-system" "kube-node-lease" .Release.Namespace | uniq -}}
+{{- end -}}
+{{- join "," $excluded -}}
 {{- end }}
 
 {{- /* Whether the agent has access to the API server: "true" or nothing */ -}}
@@ -52,7 +100,8 @@ app.kubernetes.io/instance: {{ (first .).Release.Name }}
 app.kubernetes.io/component: {{ last . }}
 {{- end }}
 
-{{- /* Metadata of an object: (list . COMPONENT NAME-SUFFIX SCOPE), SCOPE "cluster" or "" */ -}}
+{{- /* Metadata of an object: (list . COMPONENT NAME-SUFFIX SCOPE [LABELS]); SCOPE is "cluster" or
+"" */ -}}
 {{- define "kube-lxcfs.metadata" -}}
 {{- $ := first . -}}
 name: {{ include "kube-lxcfs.fullname" $ }}{{ index . 2 }}
@@ -63,8 +112,10 @@ labels:
   {{- include "kube-lxcfs.selector" (list $ (index . 1)) | nindent 2 }}
   app.kubernetes.io/version: {{ $.Chart.AppVersion | quote }}
   app.kubernetes.io/managed-by: {{ $.Release.Service }}
-  helm.sh/chart: {{ printf "%s-%s" $.Chart.Name $.Chart.Version }}
-  {{- with $.Values.commonLabels }}
+  helm.sh/chart: {{ printf "%s-%s" $.Chart.Name $.Chart.Version | replace "+" "_" }}
+  {{- $labels := dict }}
+  {{- if gt (len .) 4 }}{{ $labels = index . 4 }}{{ end }}
+  {{- with merge (dict) $labels $.Values.commonLabels }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
 {{- end }}
@@ -93,30 +144,36 @@ labels:
 {{- ternary (printf "[%s]" $address) $address (contains ":" $address) }}:{{ .Values.agent.port -}}
 {{- end }}
 
-{{- /* Port and host of the agent's probes; the default host is the pod's address */ -}}
+{{- /* Port and host of the agent's probes; the default host is the pod's address. A listener on ::
+serves IPv4 too. */ -}}
 {{- define "kube-lxcfs.probeTarget" -}}
 port: http
 {{- if .Values.agent.hostNetwork }}
 {{- $address := .Values.agent.listenAddress }}
-host: {{ get (dict "0.0.0.0" "127.0.0.1" "::" "::1") $address | default $address | quote }}
+host: {{ get (dict "0.0.0.0" "127.0.0.1" "::" "127.0.0.1") $address | default $address | quote }}
 {{- end }}
+{{- end }}
+
+{{- /* Fields of the DaemonSet spec that both DaemonSets share: (list . "agent") */ -}}
+{{- define "kube-lxcfs.rollout" -}}
+{{- $values := index (first .).Values (last .) -}}
+revisionHistoryLimit: {{ $values.revisionHistoryLimit }}
+minReadySeconds: {{ $values.minReadySeconds }}
+updateStrategy:
+  {{- toYaml $values.updateStrategy | nindent 2 }}
 {{- end }}
 
 {{- /* Fields of the pod spec that both DaemonSets share: (list . "agent") */ -}}
 {{- define "kube-lxcfs.placement" -}}
 {{- $ := first . -}}
 {{- $values := index $.Values (last .) -}}
-{{- with $.Values.imagePullSecrets }}
-imagePullSecrets:
-  {{- toYaml . | nindent 2 }}
+{{- with include "kube-lxcfs.pullSecrets" $ }}
+{{- . | nindent 0 }}
 {{- end }}
 {{- with $values.priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
-{{- with $values.nodeSelector }}
-nodeSelector:
-  {{- toYaml . | nindent 2 }}
-{{- end }}
+{{ include "kube-lxcfs.nodeSelector" . }}
 {{- with $values.affinity }}
 affinity:
   {{- toYaml . | nindent 2 }}
@@ -145,4 +202,23 @@ annotations:
   {{- with merge (dict) $values.podAnnotations $.Values.commonAnnotations }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
+{{- end }}
+
+{{- /* Fields of an endpoint of a PodMonitor or ServiceMonitor, from its values. Series of an agent
+are named by its node: the name of its pod changes. */ -}}
+{{- define "kube-lxcfs.scrape" -}}
+interval: {{ .interval }}
+{{- with .scrapeTimeout }}
+scrapeTimeout: {{ . }}
+{{- end }}
+relabelings:
+  - sourceLabels: [__meta_kubernetes_pod_node_name]
+    targetLabel: node
+  {{- with .relabelings }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+{{- with .metricRelabelings }}
+metricRelabelings:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end }}
