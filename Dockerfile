@@ -1,7 +1,8 @@
 # Two images, one for each command: `agent` has the program only, `lxcfs` has lxcfs too. `make image`
 # builds both.
-ARG RUST_IMAGE=rust:1-trixie
-ARG DEBIAN_IMAGE=debian:trixie-slim
+# With their registry: podman resolves no short names.
+ARG RUST_IMAGE=docker.io/library/rust:1-trixie
+ARG DEBIAN_IMAGE=docker.io/library/debian:trixie-slim
 
 # The build runs on this machine's architecture, and compiles for that of the image.
 FROM --platform=$BUILDPLATFORM ${RUST_IMAGE} AS build

@@ -306,7 +306,7 @@ no_pods() {
 delete_pods() {
     kubectl -n "$namespace" delete pod -l "app.kubernetes.io/component=$1" --wait >/dev/null
 }
-# rolled_out COMPONENT [TIMEOUT]: for the agent, its readiness probe reads /readyz.
+# rolled_out COMPONENT [TIMEOUT]: the agents are ready without lxcfs too.
 rolled_out() {
     kubectl -n "$namespace" rollout status "daemonset/kube-lxcfs-$1" --timeout="${2:-90s}" \
         >/dev/null
@@ -536,10 +536,14 @@ an_invalid_annotation_is_reported_on_the_pod() {
     kubectl annotate "$pod" kube-lxcfs.io/inject- >/dev/null
 }
 
+# The policy hook-succeeded deletes it.
+pod_of_helm_test_is_gone() {
+    [ -z "$(kubectl -n "$namespace" get pod kube-lxcfs-test --ignore-not-found -o name)" ]
+}
 helm_test_passes() {
     helm test kube-lxcfs --namespace "$namespace" >"$dir/helm.log" 2>&1 ||
         fail "helm test: $(cat "$dir/helm.log")"
-    kubectl -n "$namespace" delete pod kube-lxcfs-test >/dev/null
+    eventually 30 "the pod of helm test is gone" pod_of_helm_test_is_gone
 }
 
 views_outlive_the_agents_pod() {
@@ -580,6 +584,29 @@ an_upgrade_of_lxcfs_fails_no_read() {
     rolled_out lxcfs
     eventually 20 "all views are back" all_pods sees_limit in
     no_read_errors
+}
+
+one_at_a_time=agent.updateStrategy.rollingUpdate.maxUnavailable=1
+one_at_a_time+=,lxcfs.updateStrategy.rollingUpdate.maxUnavailable=1
+
+upgrades_of_both_do_not_wait_for_each_other() {
+    install --set "$one_at_a_time"
+    rolled_out agent
+    rolled_out lxcfs
+    eventually 20 "all views are back" all_pods sees_limit in
+    no_read_errors
+    # An lxcfs that cannot start: the agent is upgraded nevertheless.
+    install_second --set "$one_at_a_time,lxcfs.image.tag=none" --wait=false
+    rolled_out agent
+    [ "$(image_of agent)" = "$image:$second" ] || fail "the agent runs $(image_of agent)"
+    ! rolled_out lxcfs 1s 2>/dev/null || fail "an lxcfs without image is ready"
+    # And the next lxcfs, whatever the agent does.
+    install_second --set "$one_at_a_time"
+    rolled_out lxcfs
+    rolled_out agent
+    eventually 20 "all views are back" all_pods sees_limit in
+    reset_read_errors
+    install_second
 }
 
 views_outlive_restarts_of_containerd_and_kubelet() {
@@ -647,7 +674,7 @@ pods_start_without_lxcfs_and_get_views_later() {
     deployment without-lxcfs 1 "$opt_in"
     all_pods sees_node without-lxcfs || fail "a pod has a view without lxcfs"
     kubectl -n "$namespace" patch "$lxcfs" --type=json \
-        -p '[{"op":"remove","path":"/spec/template/spec/nodeSelector"}]' >/dev/null
+        -p '[{"op":"remove","path":"/spec/template/spec/nodeSelector/none"}]' >/dev/null
     rolled_out lxcfs
     eventually 40 "the new pod sees its limit" all_pods sees_limit without-lxcfs
     eventually 10 "all other pods too" all_pods sees_limit in
@@ -887,6 +914,7 @@ main() {
     node_step views_return_after_lxcfs_is_killed
     step an_upgrade_of_the_agent_leaves_lxcfs_as_it_is
     step an_upgrade_of_lxcfs_fails_no_read
+    step upgrades_of_both_do_not_wait_for_each_other
     node_step views_outlive_restarts_of_containerd_and_kubelet
     step new_pods_get_views_in_time
     print_runtimes
