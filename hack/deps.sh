@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs packages of Debian or Ubuntu whose commands are missing. Root is needed only if a command
 # is missing. Services of new packages are not started.
-#   hack/deps.sh SET...       SET: build, demo, test, helm, kubernetes, cluster, image, lint, vm,
-#                             vm-arm64
+#   hack/deps.sh SET...       SET: build, demo, test, helm, kubernetes, cluster, image, programs,
+#                             lint, vm, vm-arm64
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
 
@@ -33,6 +33,9 @@ packages_of() {
     image)
         echo buildah buildah mmdebstrap mmdebstrap update-ca-certificates ca-certificates
         ;;
+    programs)
+        echo mmdebstrap mmdebstrap python3 python3 dpkg-source dpkg-dev make make
+        ;;
     lint)
         echo shellcheck shellcheck c++ build-essential python3 python3 \
             apparmor_parser apparmor scmp_sys_resolver seccomp
@@ -47,8 +50,8 @@ packages_of() {
             qemu-aarch64-static qemu-user-static
         ;;
     *)
-        fail "unknown set '$1'; valid: build demo test helm kubernetes cluster image lint vm" \
-            "vm-arm64"
+        fail "unknown set '$1'; valid: build demo test helm kubernetes cluster image programs" \
+            "lint vm vm-arm64"
         ;;
     esac
 }
