@@ -134,6 +134,7 @@ fn main() {
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(4));
     let workers =
         Workers::start(threads, Duration::from_secs(300)).expect("the benchmark needs root");
+    mount::prepare_scratch().unwrap();
     let (first, second) = (harness::Lxcfs::start(), harness::Lxcfs::start());
     let find = |path: &std::path::Path| runtime.block_on(lxcfs::find(&workers, path)).unwrap();
     let (lxcfs, other) = (find(&first.path), find(&second.path));

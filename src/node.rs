@@ -113,15 +113,15 @@ fn take_turns<P>(
     (processes(first), processes(further))
 }
 
-/// A mount namespace with a view.
+/// A mount namespace with a view, or with the scratch mount of a kube-lxcfs that was killed.
 #[derive(Debug)]
 pub struct ViewedNamespace {
     pub process: Arc<Process>,
     pub observed: ObservedMounts,
 }
 
-/// Every mount namespace that has a managed view. One that cannot be observed is skipped, and the
-/// log says why.
+/// Every mount namespace that has a managed view or a scratch mount. One that cannot be observed is
+/// skipped, and the log says why.
 ///
 /// # Errors
 /// Fails if `/proc` cannot be listed.
@@ -130,7 +130,7 @@ pub async fn views(workers: &Workers) -> io::Result<Vec<ViewedNamespace>> {
     let observed =
         for_each(processes, |process, limit| mount::observe(workers, process, limit)).await;
     let viewed = observed.into_iter().filter_map(|(process, observed)| match observed {
-        Ok(observed) if observed.views().next().is_some() => {
+        Ok(observed) if observed.views().next().is_some() || !observed.scratch.is_empty() => {
             Some(ViewedNamespace { process, observed })
         }
         Ok(_) => None,
@@ -146,6 +146,14 @@ pub async fn views(workers: &Workers) -> io::Result<Vec<ViewedNamespace>> {
     let mut viewed: Vec<ViewedNamespace> = viewed.collect();
     viewed.sort_by_key(|v| v.process.pid());
     Ok(viewed)
+}
+
+/// Makes what lets the mounts of one container be detached together. Without it they are detached
+/// one by one.
+pub async fn prepare_scratch() {
+    if let Err(cause) = blocking(mount::prepare_scratch).await {
+        tracing::debug!(%cause, "no scratch mount");
+    }
 }
 
 /// Runs a function that may take long for a runtime with a single thread.
@@ -219,12 +227,13 @@ async fn pass(workers: &Workers, processes: Vec<Arc<Process>>, task: &Task) -> P
 #[allow(clippy::implicit_hasher, reason = "a handful of device numbers")]
 pub async fn sweep(workers: &Workers, exited: HashSet<Dev>) -> io::Result<PassSummary> {
     let task = Task::Sweep(Arc::new(exited));
-    let (mut scan, processes) = blocking(|| {
+    let scan = blocking(|| {
         let mut scan = Scan::new()?;
         let processes = scan.processes()?;
         Ok((scan, processes))
-    })
-    .await?;
+    });
+    let (scanned, ()) = futures::join!(scan, prepare_scratch());
+    let (mut scan, processes) = scanned?;
     let summary = pass(workers, processes, &task).await;
     // A node has many more threads than processes, and few of them have their own namespace.
     let threads = blocking(move || scan.threads()).await?;
@@ -233,7 +242,8 @@ pub async fn sweep(workers: &Workers, exited: HashSet<Dev>) -> io::Result<PassSu
 
 /// Sweeps every lxcfs that has exited, by its device in containers that have a view of it, and
 /// `hung`. Another lxcfs that hangs is left alone: on a node within a node it belongs to another
-/// supervisor. A namespace with a view whose lxcfs may have exited counts as failed.
+/// supervisor. A namespace with a view whose lxcfs may have exited counts as failed. Scratch
+/// mounts that were left are removed, too.
 ///
 /// # Errors
 /// Fails if `/proc` cannot be listed.
@@ -244,8 +254,12 @@ pub async fn sweep_dead(workers: &Workers, hung: Option<Dev>) -> io::Result<Pass
     let unknown = PassSummary { failed: log_unknown(&viewed, &states), ..PassSummary::default() };
     let exited = states.into_iter().filter(|(_, liveness)| *liveness == Liveness::Disconnected);
     let exited: HashSet<Dev> = exited.map(|(dev, _)| dev).collect();
-    let swept =
-        if exited.is_empty() { PassSummary::default() } else { sweep(workers, exited).await? };
+    let has_scratch = viewed.iter().any(|viewed| !viewed.observed.scratch.is_empty());
+    let swept = if exited.is_empty() && !has_scratch {
+        PassSummary::default()
+    } else {
+        sweep(workers, exited).await?
+    };
     Ok(swept.and(unknown))
 }
 
@@ -314,8 +328,11 @@ pub async fn remount(
     let stale = |viewed: &ViewedNamespace| {
         viewed.observed.views().any(|(_, dev)| dev != lxcfs.dev && of(dev))
     };
-    let processes =
+    let processes: Vec<_> =
         views(workers).await?.into_iter().filter(stale).map(|viewed| viewed.process).collect();
+    if processes.len() > 1 {
+        prepare_scratch().await;
+    }
     Ok(pass(workers, processes, &Task::reconcile(DesiredView::REMOUNT_ONLY, Some(lxcfs.clone())))
         .await)
 }
@@ -387,7 +404,8 @@ pub async fn status(
     });
     let states: HashMap<Dev, ViewState> = states.chain(at_path).collect();
     let mut all = Vec::new();
-    for ViewedNamespace { process, observed } in viewed {
+    let with_view = |viewed: &ViewedNamespace| viewed.observed.views().next().is_some();
+    for ViewedNamespace { process, observed } in viewed.into_iter().filter(with_view) {
         let state = |dev| states.get(&dev).copied().unwrap_or(ViewState::Stale);
         let files = observed.views().map(|(file, dev)| (file, state(dev))).collect();
         let pid = process.pid();

@@ -3,7 +3,7 @@
 //! annotation change all use it.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     fmt,
 };
 
@@ -128,6 +128,10 @@ pub struct ObservedMounts {
     pub bases: BTreeMap<BaseFs, MountIdentity>,
     /// The bases that cannot hold a view file.
     pub unusable: BTreeMap<BaseFs, UnusableBase>,
+    /// The bases whose mounts propagate to a peer group, of the host or of any other namespace.
+    pub shared: BTreeSet<BaseFs>,
+    /// The scratch mounts of a kube-lxcfs that was killed, the topmost first.
+    pub scratch: Vec<MountId>,
 }
 
 impl ObservedMounts {
@@ -646,8 +650,8 @@ mod tests {
             };
             ObservedMounts {
                 layers: ViewFile::ALL.into_iter().zip(stacks.into_iter().map(stack)).collect(),
-                bases: BTreeMap::new(),
                 unusable,
+                ..ObservedMounts::default()
             }
         })
     }

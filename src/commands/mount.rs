@@ -24,9 +24,12 @@ use crate::{
 
 /// The time that `remount --all` waits for an lxcfs that is starting.
 const STARTUP_WAIT: Duration = Duration::from_secs(5);
-/// The limit of containers that a command changes concurrently, each on a thread. Most of the cost
-/// of a detach is waiting for RCU, so there are many, for any number of CPUs.
+/// The limit of containers that a command changes concurrently.
 const CONCURRENCY: usize = 48;
+/// The number of threads that are added to change several containers. A detach waits for RCU once
+/// for each container, which is time for other work. More threads are slower: the kernel changes
+/// one mount namespace at a time (namespace_sem), and they would wait for each other.
+const MORE_THREADS: usize = 4;
 
 pub(super) async fn mount(
     common: Common,
@@ -185,10 +188,11 @@ async fn apply_and_print(
     output: Output,
 ) -> Result<ExitCode> {
     let changing = processes.iter().filter(|(_, outcome)| outcome.is_none()).count();
-    if changing > 1
-        && let Err(cause) = workers.add(changing.min(CONCURRENCY))
-    {
-        tracing::warn!(%cause, "failed to start more threads that mount");
+    if changing > 1 {
+        if let Err(cause) = workers.add(changing.min(MORE_THREADS)) {
+            tracing::warn!(%cause, "failed to start more threads that mount");
+        }
+        node::prepare_scratch().await;
     }
     let reconciles = stream::iter(processes).map(|(process, outcome)| {
         let task = task.clone();

@@ -15,20 +15,24 @@
 //! user namespace, is covered.
 
 use std::{
+    cell::Cell,
     collections::{BTreeMap, HashSet},
+    fs::File,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::Path,
 };
 
 use rustix::{
-    fs::{AtFlags, Mode, OFlags, ResolveFlags, StatxFlags},
+    fs::{AtFlags, FlockOperation, Mode, OFlags, ResolveFlags, StatxFlags},
     io::Errno,
     mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags},
     path::DecInt,
 };
 
 use super::{
-    Error, Liveness, Outcome, StepError, TableLimit, Task, WorkerContext, attrs, observe, table,
+    Error, Liveness, Outcome, StepError, TableLimit, Task, WorkerContext, attrs, observe, scratch,
+    table,
 };
 use crate::{
     model::view::{BaseFs, ViewFile},
@@ -42,6 +46,11 @@ use crate::{
 
 /// The number of plans of a reconcile whose mounts change in between.
 const MAX_REPLANS: usize = 4;
+/// The least number of mounts for which a scratch mount is made: it costs as much as to detach one
+/// or two.
+const MIN_DETACHED_TOGETHER: usize = 3;
+/// The limit of detaches of one scratch mount. More than one only if a container mounts on it.
+const MAX_SCRATCH_DETACHES: usize = 8;
 
 /// What to do if another process holds the lock of the namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,52 +77,72 @@ pub fn reconcile_blocking(
     let mut lock = None;
     let mut locked = HashSet::new();
     for attempts_left in (0..MAX_REPLANS).rev() {
-        let (Plan { steps, skipped, view }, bases) = context.enter(process, |entered| {
-            // Another kube-lxcfs may be at work here: the lock keeps it from changes between our
-            // observation and our steps.
-            if lock.is_none() {
-                lock = context.try_lock();
-            }
-            let mut observed = entered.observe(limit)?;
-            observed.mark_locked(&locked);
-            let plan = task.plan(&observed);
-            let bases = entered.hold_bases(&observed, &plan.steps);
-            Ok((plan, bases))
-        })?;
+        if task.only_removes() {
+            context.prepare_scratch();
+        }
+        let (observed, Plan { steps, skipped, view }, bases, applied) =
+            context.enter(process, |entered| {
+                // Another kube-lxcfs may be at work here: the lock keeps it from changes between
+                // our observation and our steps.
+                if lock.is_none() {
+                    lock = entered.try_lock();
+                }
+                let may_change = lock.is_some() || if_locked == IfLocked::Ignore;
+                let mut observed = entered.observe(limit)?;
+                observed.mark_locked(&locked);
+                let plan = task.plan(&observed);
+                let bases = entered.hold_bases(&observed, &plan.steps);
+                if may_change && !observed.scratch.is_empty() {
+                    entered.remove_scratch(&observed);
+                }
+                // Steps without clones need no second entry.
+                let without_clones = |step: &Step| matches!(step, Step::Remove { .. });
+                let applied = if may_change && plan.steps.iter().all(without_clones) {
+                    let steps = plan.steps.iter().map(|step| (*step, None)).collect();
+                    Some(entered.apply(&observed, &bases, steps)?)
+                } else {
+                    None
+                };
+                Ok((observed, plan, bases, applied))
+            })?;
         (outcome.skipped, outcome.view) = (skipped, view);
-        if steps.is_empty() {
+        if steps.is_empty() && observed.scratch.is_empty() {
             return Ok(outcome);
         }
-        if lock.is_none() && if_locked == IfLocked::Fail {
-            return Err(Error::Locked(process.pid()));
-        }
-        let steps = with_clones(context, task, steps)?;
-        let mut failed = Vec::new();
-        let mut changed = false;
-        context.enter(process, |entered| {
-            let in_host = entered.steps_into_host(&bases, &steps)?;
-            for (step, clone) in steps {
-                let applied = if in_host.contains(&step.file()) {
-                    Err(("mount", StepFailure::Changed))
-                } else {
-                    entered.apply_step(&bases, step, clone)
-                };
-                match applied {
-                    Ok(()) => outcome.done.push(step),
-                    Err((_, StepFailure::Skipped(why))) => {
-                        outcome.view.remove(step.file());
-                        outcome.skipped.push((step.file(), why));
-                    }
-                    Err((_, StepFailure::Changed)) if attempts_left > 0 => changed = true,
-                    Err((_, StepFailure::Locked(mount))) if attempts_left > 0 => {
-                        locked.insert(mount);
-                        changed = true;
-                    }
-                    Err((verb, why)) => failed.push(StepError { step, verb, cause: why.into() }),
+        let applied = match applied {
+            Some(applied) => applied,
+            None if lock.is_none() && if_locked == IfLocked::Fail => {
+                return Err(Error::Locked(process.pid()));
+            }
+            None => {
+                if may_detach_together(&steps, context.beneath) {
+                    context.prepare_scratch();
+                }
+                let steps = with_clones(context, task, steps)?;
+                let apply = |entered: &EnteredNs<'_>| entered.apply(&observed, &bases, steps);
+                match &lock {
+                    Some(namespace) => context.enter_again(namespace, process, apply)?,
+                    None => context.enter(process, apply)?,
                 }
             }
-            Ok(())
-        })?;
+        };
+        let mut failed = Vec::new();
+        let mut changed = false;
+        for (step, applied) in applied {
+            match applied {
+                Ok(()) => outcome.done.push(step),
+                Err((_, StepFailure::Skipped(why))) => {
+                    outcome.view.remove(step.file());
+                    outcome.skipped.push((step.file(), why));
+                }
+                Err((_, StepFailure::Changed)) if attempts_left > 0 => changed = true,
+                Err((_, StepFailure::Locked(mount))) if attempts_left > 0 => {
+                    locked.insert(mount);
+                    changed = true;
+                }
+                Err((verb, why)) => failed.push(StepError { step, verb, cause: why.into() }),
+            }
+        }
         if !failed.is_empty() {
             return Err(Error::Steps { pid: process.pid(), failed, outcome });
         }
@@ -126,6 +155,19 @@ pub fn reconcile_blocking(
 
 /// A step with the detached mount that it needs, if any.
 type StepWithClone = (Step, Option<io::Result<OwnedFd>>);
+
+/// A step and its result. An error comes with the verb of what failed.
+type Applied = (Step, Result<(), (&'static str, StepFailure)>);
+
+/// Whether the steps detach so many mounts that a scratch mount is faster.
+fn may_detach_together(steps: &[Step], beneath: bool) -> bool {
+    let detaches = |step: &&Step| match step {
+        Step::Inject(_) => false,
+        Step::Cover { locked, .. } => beneath && !locked,
+        Step::Remove { .. } | Step::Remount { .. } | Step::Adopt { .. } => true,
+    };
+    steps.iter().filter(detaches).count() >= MIN_DETACHED_TOGETHER
+}
 
 /// Clones the files for the steps, in the thread's own mount namespace.
 fn with_clones(
@@ -213,11 +255,25 @@ fn base(bases: &Bases, base: BaseFs) -> Result<&OwnedFd, StepFailure> {
 pub(super) struct EnteredNs<'a> {
     context: &'a WorkerContext,
     process: &'a Process,
+    /// The namespace's own file, until it is locked.
+    namespace: Cell<Option<OwnedFd>>,
 }
 
 impl<'a> EnteredNs<'a> {
-    pub(super) fn new(context: &'a WorkerContext, process: &'a Process) -> EnteredNs<'a> {
-        EnteredNs { context, process }
+    pub(super) fn new(
+        context: &'a WorkerContext,
+        process: &'a Process,
+        namespace: Option<OwnedFd>,
+    ) -> EnteredNs<'a> {
+        EnteredNs { context, process, namespace: Cell::new(namespace) }
+    }
+
+    /// Locks the namespace, unless another process holds the lock: flock(2) on the namespace's own
+    /// file, released with the descriptor. Every kube-lxcfs takes it before it changes the
+    /// namespace. A container could hold it too, so nothing waits for it here.
+    fn try_lock(&self) -> Option<OwnedFd> {
+        let file = self.namespace.take()?;
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).ok().map(|()| file)
     }
 
     pub(super) fn observe(&self, limit: TableLimit) -> Result<ObservedMounts, Error> {
@@ -231,8 +287,10 @@ impl<'a> EnteredNs<'a> {
     fn mountinfo(&self, limit: TableLimit) -> Result<Vec<u8>, Error> {
         let pid = self.process.pid();
         let root = self.process.root().as_os_str().as_encoded_bytes();
-        let table = self.context.open("thread-self/mountinfo");
-        let text = table.map_err(ReadError::Io).and_then(|file| table::read(file, root, limit));
+        let table = self.context.open("mountinfo").map_err(io::Error::from);
+        let text = table
+            .map_err(ReadError::Io)
+            .and_then(|file| table::read(File::from(file), root, limit));
         text.map_err(|e| match e {
             ReadError::Io(cause) => Error::Observe { pid, cause },
             cause => Error::LargeTable { pid, cause },
@@ -278,14 +336,75 @@ impl<'a> EnteredNs<'a> {
         observed.bases.iter().filter(|(base, _)| needed(**base)).filter_map(open).collect()
     }
 
+    /// Applies the steps of a plan.
+    fn apply(
+        &self,
+        observed: &ObservedMounts,
+        bases: &Bases,
+        steps: Vec<StepWithClone>,
+    ) -> Result<Vec<Applied>, Error> {
+        let in_host = self.steps_into_host(observed, bases, &steps)?;
+        let mut detacher = Detacher::new(self.context, observed, bases, &steps);
+        let mut moved = Vec::new();
+        let mut applied = Vec::with_capacity(steps.len());
+        for (step, clone) in steps {
+            let before = detacher.moved();
+            let result = if in_host.contains(&step.file()) {
+                Err(("mount", StepFailure::Changed))
+            } else {
+                self.apply_step(bases, step, clone, &mut detacher)
+            };
+            if detacher.moved() > before {
+                moved.push(applied.len());
+            }
+            applied.push((step, result));
+        }
+        if !detacher.finish() {
+            // The next observation shows what was left.
+            moved.into_iter().for_each(|n| applied[n].1 = Err(("detach", StepFailure::Changed)));
+        }
+        Ok(applied)
+    }
+
+    /// Detaches the scratch mounts of a kube-lxcfs that was killed. One that is locked in a nested
+    /// user namespace stays.
+    fn remove_scratch(&self, observed: &ObservedMounts) {
+        let procfs = observed.bases.get(&BaseFs::Procfs);
+        let Ok(base) = self.open_base(BaseFs::Procfs) else { return };
+        if mount_of(&base).ok().as_ref() != procfs {
+            return;
+        }
+        let Some((directory, name)) = scratch::POINT_IN_PROC.rsplit_once('/') else { return };
+        for mount in &observed.scratch {
+            let removed = open(&base, directory, ResolveFlags::NO_XDEV)
+                .and_then(|directory| open(&directory, name, ResolveFlags::empty()))
+                .and_then(|top| {
+                    if mount_of(&top)?.id == *mount { detach(&top) } else { Err(Errno::INVAL) }
+                });
+            let pid = self.process.pid();
+            match removed {
+                Ok(()) => tracing::info!(pid, "removed a scratch mount that was left"),
+                Err(cause) => return tracing::debug!(pid, %cause, "scratch mount not removed"),
+            }
+        }
+    }
+
     /// The files whose steps would mount on a mount that the host's mount namespace shares, or that
     /// has vanished.
     fn steps_into_host(
         &self,
+        observed: &ObservedMounts,
         bases: &Bases,
         steps: &[StepWithClone],
     ) -> Result<HashSet<ViewFile>, Error> {
-        if steps.iter().all(|(_, clone)| clone.is_none()) {
+        // A mount that is in no peer group never joins one of the host's: only clones of a shared
+        // mount do (mount_namespaces(7)). The base has been open since it was observed.
+        let is_known = |step: Step| match step {
+            Step::Remove { .. } => true,
+            Step::Inject(file) => !observed.shared.contains(&file.base()),
+            _ => false,
+        };
+        if steps.iter().all(|(step, _)| is_known(*step)) {
             return Ok(HashSet::new());
         }
         let text = self.mountinfo(TableLimit::Large)?;
@@ -293,6 +412,7 @@ impl<'a> EnteredNs<'a> {
         let find = |id: MountId| table.by_id(id);
         let stays_inside = |step: Step| {
             let target = match step {
+                _ if is_known(step) => return Some(true),
                 Step::Remove { .. } => return Some(true),
                 Step::Inject(file) => bases.get(&file.base())?.0,
                 Step::Cover { mount, locked: true, .. } => mount,
@@ -313,6 +433,7 @@ impl<'a> EnteredNs<'a> {
         bases: &Bases,
         step: Step,
         clone: Option<io::Result<OwnedFd>>,
+        detacher: &mut Detacher,
     ) -> Result<(), (&'static str, StepFailure)> {
         let clone = clone.transpose().map_err(|e| ("clone", StepFailure::Failed(e)))?;
         let base = base(bases, step.file().base()).map_err(|e| ("open the base of", e))?;
@@ -321,7 +442,7 @@ impl<'a> EnteredNs<'a> {
                 inject(base, file, &clone).map_err(|e| ("inject", e))
             }
             (Step::Remove { file, mount }, _) => {
-                remove(base, file, mount).map_err(|e| ("remove", e))
+                remove(base, file, mount, detacher).map_err(|e| ("remove", e))
             }
             // Before kernel 6.5 a cover stays below its successor.
             (Step::Cover { file, mount, locked, .. }, Some(clone))
@@ -338,10 +459,10 @@ impl<'a> EnteredNs<'a> {
                 Some(clone),
             ) => {
                 let remounted = if self.context.beneath {
-                    remount(base, file, mount, &clone)
+                    remount(base, file, mount, &clone, detacher)
                 } else {
                     // Before kernel 6.5 the container's own file shows for a moment.
-                    remove(base, file, mount).and_then(|()| inject(base, file, &clone))
+                    remove(base, file, mount, detacher).and_then(|()| inject(base, file, &clone))
                 };
                 remounted.map_err(|e| ("remount", e))
             }
@@ -355,16 +476,94 @@ impl<'a> EnteredNs<'a> {
     /// Opens what is mounted at the container's `/proc` or `/sys`. Sends it no request, as it may
     /// be any file system: the caller compares it with the observation.
     fn open_base(&self, base: BaseFs) -> io::Result<OwnedFd> {
+        let root = self.process.root();
+        if root == Path::new("/") {
+            let path = match base {
+                BaseFs::Procfs => "/proc",
+                BaseFs::Sysfs => "/sys",
+            };
+            return Ok(open(rustix::fs::CWD, path, ResolveFlags::empty())?);
+        }
         let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
         let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = rustix::fs::openat2(
-            rustix::fs::CWD,
-            self.process.root(),
-            directory,
-            Mode::empty(),
-            resolve,
-        )?;
+        let root = rustix::fs::openat2(rustix::fs::CWD, root, directory, Mode::empty(), resolve)?;
         Ok(open(&root, base.path(), ResolveFlags::empty())?)
+    }
+}
+
+/// Detaches mounts of a container, together where that is faster and possible. See `scratch.rs`.
+#[derive(Default)]
+struct Detacher {
+    /// Attached in the container.
+    scratch: Option<OwnedFd>,
+    files: usize,
+    directories: usize,
+}
+
+impl Detacher {
+    fn new(
+        context: &WorkerContext,
+        observed: &ObservedMounts,
+        bases: &Bases,
+        steps: &[StepWithClone],
+    ) -> Detacher {
+        let steps: Vec<Step> = steps.iter().map(|(step, _)| *step).collect();
+        // On a shared procfs it would appear in other namespaces, and no mount could be moved.
+        let may = may_detach_together(&steps, context.beneath)
+            && !observed.shared.contains(&BaseFs::Procfs);
+        let scratch = may.then(|| Detacher::attach(context, bases)).flatten();
+        Detacher { scratch, ..Detacher::default() }
+    }
+
+    fn attach(context: &WorkerContext, bases: &Bases) -> Option<OwnedFd> {
+        let base = base(bases, BaseFs::Procfs).ok()?;
+        let point = open(base, scratch::POINT_IN_PROC, ResolveFlags::NO_XDEV).ok()?;
+        let scratch = context.take_scratch()?;
+        match move_mount(&scratch, &point, MoveMountFlags::empty()) {
+            Ok(()) => Some(scratch),
+            Err(_) => {
+                context.return_scratch(scratch);
+                None
+            }
+        }
+    }
+
+    /// The number of mounts that [`Detacher::finish`] detaches.
+    fn moved(&self) -> usize {
+        self.files + self.directories
+    }
+
+    /// Detaches the mount whose root is open as `view`: it is no longer on the path of `file`.
+    fn detach(&mut self, view: &OwnedFd, file: ViewFile) -> Result<(), Errno> {
+        if let Some(scratch) = &self.scratch {
+            let (name, count) = match file {
+                ViewFile::Cpu => (scratch::directory(self.directories), &mut self.directories),
+                _ => (scratch::file(self.files), &mut self.files),
+            };
+            let target = name.and_then(|n| open(scratch, &n, ResolveFlags::NO_XDEV).ok());
+            // A mount that is locked, or on a shared mount, cannot be moved (EINVAL).
+            if target.is_some_and(|t| move_mount(view, &t, MoveMountFlags::empty()).is_ok()) {
+                *count += 1;
+                return Ok(());
+            }
+        }
+        detach(view)
+    }
+
+    /// Detaches what was moved. Returns whether nothing is left.
+    fn finish(self) -> bool {
+        let Some(scratch) = self.scratch else { return true };
+        let mut detached = false;
+        // If the container has mounted on it, that mount is detached first.
+        for _ in 0..MAX_SCRATCH_DETACHES {
+            match detach(&scratch) {
+                Ok(()) => detached = true,
+                // It is in no namespace any more.
+                Err(Errno::INVAL) => return detached,
+                Err(_) => return false,
+            }
+        }
+        false
     }
 }
 
@@ -396,15 +595,22 @@ fn remount(
     file: ViewFile,
     mount: MountId,
     clone: &OwnedFd,
+    detacher: &mut Detacher,
 ) -> Result<(), StepFailure> {
     let old = open_mount(base, file, mount)?;
     move_mount(clone, &old, MoveMountFlags::MOVE_MOUNT_BENEATH)
-        .and_then(|()| detach(&old))
+        .and_then(|()| detacher.detach(&old, file))
         .map_err(|e| refused(e, base, file, mount))
 }
 
-fn remove(base: &OwnedFd, file: ViewFile, mount: MountId) -> Result<(), StepFailure> {
-    detach(&open_mount(base, file, mount)?).map_err(|e| refused(e, base, file, mount))
+fn remove(
+    base: &OwnedFd,
+    file: ViewFile,
+    mount: MountId,
+    detacher: &mut Detacher,
+) -> Result<(), StepFailure> {
+    let old = open_mount(base, file, mount)?;
+    detacher.detach(&old, file).map_err(|e| refused(e, base, file, mount))
 }
 
 /// Opens the mount on a view file's path, if it is the one with this id. Sends its file system no

@@ -10,6 +10,7 @@ mod driver;
 mod liveness;
 mod namespace;
 pub mod observe;
+mod scratch;
 mod sysfs;
 pub mod table;
 mod workers;
@@ -26,6 +27,7 @@ pub use self::{
     driver::{IfLocked, reconcile_blocking},
     liveness::{Candidate, Liveness, Owner, liveness, probe_blocking},
     namespace::WorkerContext,
+    scratch::prepare as prepare_scratch,
     table::TableLimit,
     workers::{Error as WorkError, JobTimeout, Workers},
 };
@@ -152,7 +154,16 @@ impl Task {
     /// The outcome of the task in a container with these mounts, if it needs no step.
     pub fn outcome_without_steps(&self, observed: &ObservedMounts) -> Option<Outcome> {
         let Plan { steps, skipped, view } = self.plan(observed);
-        steps.is_empty().then(|| Outcome { done: Vec::new(), skipped, view })
+        (steps.is_empty() && observed.scratch.is_empty()).then(|| Outcome {
+            done: Vec::new(),
+            skipped,
+            view,
+        })
+    }
+
+    /// Whether it injects and remounts nothing.
+    fn only_removes(&self) -> bool {
+        matches!(self, Task::Sweep(_) | Task::Reconcile { lxcfs: None, .. })
     }
 
     fn plan(&self, observed: &ObservedMounts) -> Plan {

@@ -1,19 +1,21 @@
 //! Entering a container's mount namespace and returning from it, on a worker thread.
 
 use std::{
+    cell::RefCell,
     fs::File,
     io,
-    os::fd::{AsFd, OwnedFd},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
 use rustix::{
-    fs::{AtFlags, FlockOperation, Mode, OFlags, ResolveFlags},
+    fs::{AtFlags, Mode, OFlags, ResolveFlags},
     thread::{LinkNameSpaceType, ThreadNameSpaceType},
 };
 
 use super::{
     Error,
     driver::{EnteredNs, check_fstype, clone},
+    scratch,
     sysfs::ReadOnlySysfs,
 };
 use crate::{
@@ -45,6 +47,8 @@ pub struct WorkerContext {
     /// of kernel threads.
     host_ns: Vec<NamespaceId>,
     proc: OwnedFd,
+    /// The thread's own directory in that `/proc`: a lookup of `thread-self` costs 4 µs each time.
+    task: OwnedFd,
     /// The thread's own `fd` directory: the driver names a mount by its descriptor when it
     /// detaches it.
     fds: OwnedFd,
@@ -52,6 +56,9 @@ pub struct WorkerContext {
     pub(super) beneath: bool,
     /// The kernel has mount_setattr(2).
     pub(super) mount_setattr: bool,
+    /// A clone of the scratch mount for the next container. An unused one is kept, because its end
+    /// would wait for RCU.
+    spare_scratch: RefCell<Option<OwnedFd>>,
 }
 
 impl WorkerContext {
@@ -64,13 +71,10 @@ impl WorkerContext {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS)?;
         let directory = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let proc = rustix::fs::open("/proc", directory, Mode::empty())?;
-        let fds = rustix::fs::openat(&proc, "thread-self/fd", directory, Mode::empty())?;
-        let own_mntns = rustix::fs::openat(
-            &proc,
-            "thread-self/ns/mnt",
-            OFlags::RDONLY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
+        let task = rustix::fs::openat(&proc, "thread-self", directory, Mode::empty())?;
+        let fds = rustix::fs::openat(&task, "fd", directory, Mode::empty())?;
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let own_mntns = rustix::fs::openat(&task, "ns/mnt", flags, Mode::empty())?;
         let own_ns = NamespaceId::of(&rustix::fs::fstat(&own_mntns)?);
         // Kernel threads are in the initial mount namespace. In a nested pid namespace pid 2 is
         // another process and is ignored.
@@ -88,9 +92,11 @@ impl WorkerContext {
             own_ns,
             host_ns,
             proc,
+            task,
             fds,
             beneath: syscalls::has_move_mount_beneath(),
             mount_setattr: syscalls::has_mount_setattr(),
+            spare_scratch: RefCell::new(None),
         })
     }
 
@@ -110,18 +116,42 @@ impl WorkerContext {
             e => Error::Enter { pid, cause: e.into() },
         })?;
         let restore = RestoreNs(self);
-        let current = rustix::fs::statat(&self.proc, "thread-self/ns/mnt", AtFlags::empty());
-        let current = current.map_err(|e| Error::Enter { pid, cause: e.into() })?;
-        let current = NamespaceId::of(&current);
+        let fail = |e: rustix::io::Errno| Error::Enter { pid, cause: e.into() };
+        let namespace = self.open("ns/mnt").map_err(fail)?;
+        let current = NamespaceId::of(&rustix::fs::fstat(&namespace).map_err(fail)?);
         if self.host_ns.contains(&current) {
             return Err(Error::HostNamespace(pid));
         }
         if current == self.own_ns {
             return Err(Error::OwnNamespace(pid));
         }
+        self.work_in(process, Some(namespace), restore, work)
+    }
+
+    /// Enters a namespace again that [`EnteredNs::try_lock`] has locked: it was checked.
+    pub(super) fn enter_again<T>(
+        &self,
+        namespace: &OwnedFd,
+        process: &Process,
+        work: impl FnOnce(&EnteredNs<'_>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let kind = Some(LinkNameSpaceType::Mount);
+        let entered = rustix::thread::move_into_link_name_space(namespace.as_fd(), kind);
+        entered.map_err(|e| Error::Enter { pid: process.pid(), cause: e.into() })?;
+        self.work_in(process, None, RestoreNs(self), work)
+    }
+
+    fn work_in<T>(
+        &self,
+        process: &Process,
+        namespace: Option<OwnedFd>,
+        restore: RestoreNs<'_>,
+        work: impl FnOnce(&EnteredNs<'_>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         // From here on a relative path names one of this thread's descriptors.
-        rustix::process::fchdir(&self.fds).map_err(|e| Error::Enter { pid, cause: e.into() })?;
-        let result = work(&EnteredNs::new(self, process));
+        let changed = rustix::process::fchdir(&self.fds);
+        changed.map_err(|e| Error::Enter { pid: process.pid(), cause: e.into() })?;
+        let result = work(&EnteredNs::new(self, process, namespace));
         drop(restore);
         result
     }
@@ -131,7 +161,9 @@ impl WorkerContext {
     pub(super) fn is_host_peer_group(&self, group: u64) -> bool {
         let has = |path: &str| {
             let member = |line: &[u8]| Mount::parse(line).is_none_or(|m| m.shared == Some(group));
-            let members = mountinfo::filter_lines(self.open(path).ok()?, u64::MAX, member).ok()?;
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            let table = rustix::fs::openat(&self.proc, path, flags, Mode::empty()).ok()?;
+            let members = mountinfo::filter_lines(File::from(table), u64::MAX, member).ok()?;
             Some(!members.is_empty())
         };
         // Both pid 2 and pid 1 show the host's table; on some machines one of them is not readable.
@@ -139,20 +171,9 @@ impl WorkerContext {
         has("self/mountinfo").unwrap_or(true) || host.unwrap_or(true)
     }
 
-    /// Opens a file of the trusted `/proc`.
-    pub(super) fn open(&self, path: &str) -> io::Result<File> {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        Ok(rustix::fs::openat(&self.proc, path, flags, Mode::empty())?.into())
-    }
-
-    /// Locks the namespace that the thread is in, unless another process holds the lock: flock(2)
-    /// on the namespace's own file, released with the descriptor. Every kube-lxcfs takes it before
-    /// it changes the namespace. A container could hold it too, so nothing waits for it here.
-    pub(super) fn try_lock(&self) -> Option<OwnedFd> {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        let file =
-            rustix::fs::openat(&self.proc, "thread-self/ns/mnt", flags, Mode::empty()).ok()?;
-        rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).ok().map(|()| file)
+    /// Opens a file of the thread's own in the trusted `/proc`.
+    pub(super) fn open(&self, path: &str) -> Result<OwnedFd, rustix::io::Errno> {
+        rustix::fs::openat(&self.task, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
     }
 
     /// Makes a detached mount of the node's own file for a view file: from the trusted `/proc`, or
@@ -166,15 +187,39 @@ impl WorkerContext {
             BaseFs::Sysfs => {
                 let sysfs = ReadOnlySysfs::shared()?;
                 let own = sysfs.open(file)?;
-                // Only mounts of the namespace that the thread is in can be cloned.
-                let kind = Some(LinkNameSpaceType::Mount);
-                rustix::thread::move_into_link_name_space(sysfs.namespace(), kind)?;
-                let restore = RestoreNs(self);
-                let cloned = clone(own.as_fd());
-                drop(restore);
-                Ok(cloned?)
+                self.clone_in(sysfs.namespace(), own.as_fd())
             }
         }
+    }
+
+    /// Makes a detached mount of a file in another namespace: only mounts of the namespace that
+    /// the thread is in can be cloned.
+    fn clone_in(&self, namespace: BorrowedFd<'_>, file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+        let kind = Some(LinkNameSpaceType::Mount);
+        rustix::thread::move_into_link_name_space(namespace, kind)?;
+        let restore = RestoreNs(self);
+        let cloned = clone(file);
+        drop(restore);
+        Ok(cloned?)
+    }
+
+    /// Makes sure that [`WorkerContext::take_scratch`] has a scratch mount, if this process has
+    /// prepared it. Without one, mounts are detached one by one.
+    pub(super) fn prepare_scratch(&self) {
+        let mut spare = self.spare_scratch.borrow_mut();
+        if let (None, Some(scratch)) = (&*spare, scratch::shared()) {
+            *spare = self.clone_in(scratch.namespace(), scratch.root()).ok();
+        }
+    }
+
+    /// Gives back a scratch mount that was not attached.
+    pub(super) fn return_scratch(&self, scratch: OwnedFd) {
+        *self.spare_scratch.borrow_mut() = Some(scratch);
+    }
+
+    /// A detached scratch mount.
+    pub(super) fn take_scratch(&self) -> Option<OwnedFd> {
+        self.spare_scratch.borrow_mut().take()
     }
 
     fn own_procfs_file(&self, file: ViewFile) -> io::Result<OwnedFd> {

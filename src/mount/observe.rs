@@ -1,10 +1,11 @@
 //! Observation: which mounts lie on the view files' paths of a container, read from its mount
 //! table. Pure: a table in, values out.
 
+use super::scratch;
 use crate::{
     model::view::{BaseFs, ViewFile},
     plan::{Layer, LayerKind, MountIdentity, ObservedMounts, UnusableBase},
-    sys::mountinfo::{Mount, MountTable},
+    sys::mountinfo::{Mount, MountId, MountTable},
 };
 
 /// The file system type of an lxcfs mount (libfuse: `fuse.` and the subtype).
@@ -39,8 +40,14 @@ pub fn observe(
             continue;
         }
         observed.bases.insert(base, MountIdentity { id: top.id, dev: top.dev });
-        if top.shared.is_some_and(&is_host_peer_group) {
-            observed.unusable.insert(base, UnusableBase::SharedWithHost);
+        if let Some(group) = top.shared {
+            observed.shared.insert(base);
+            if is_host_peer_group(group) {
+                observed.unusable.insert(base, UnusableBase::SharedWithHost);
+            }
+        }
+        if base == BaseFs::Procfs {
+            observed.scratch = scratch_mounts(table, top, prefix);
         }
         for file in ViewFile::ALL.into_iter().filter(|f| f.base() == base) {
             let point = [prefix, b"/", file.path().as_bytes()].concat();
@@ -56,6 +63,20 @@ pub fn observe(
         }
     }
     observed
+}
+
+/// The scratch mounts on top of the others at their place.
+fn scratch_mounts(table: &MountTable<'_>, procfs: &Mount<'_>, prefix: &[u8]) -> Vec<MountId> {
+    let point = [prefix, b"/", scratch::POINT.as_bytes()].concat();
+    if directory_cover(table, procfs, &point).is_some() {
+        return Vec::new();
+    }
+    let Some(lowest) = table.child(procfs, &point) else { return Vec::new() };
+    let is_scratch =
+        |mount: &&&Mount<'_>| *mount.fstype == *b"tmpfs" && *mount.source == *scratch::SOURCE;
+    let stack = table.stack(lowest);
+    let above = stack.iter().rev().chain([&lowest]);
+    above.take_while(is_scratch).map(|mount| mount.id).collect()
 }
 
 /// The mount on a directory between `base` and the path `point` below it, if any. The mounts at
@@ -121,7 +142,7 @@ mod tests {
     use proptest::{collection::vec, prelude::*};
 
     use super::*;
-    use crate::sys::mountinfo::{Dev, MountId};
+    use crate::sys::mountinfo::Dev;
 
     const CONTAINER: &str = "\
 700 600 0:50 / / rw,relatime - overlay overlay rw,lowerdir=/l
@@ -226,6 +247,27 @@ mod tests {
     }
 
     #[test]
+    fn scratch_mounts_are_found_by_source_topmost_first() {
+        let at = |id, parent, point: &str, source: &str| {
+            format!("{id} {parent} 0:61 / {point} ro,nosuid - tmpfs {source} ro,mode=700\n")
+        };
+        let point = "/proc/tty/ldisc";
+        let lower = at(712, 701, point, "kube-lxcfs-scratch");
+        let upper = at(713, 712, point, "kube-lxcfs-scratch");
+        let other = at(714, 713, point, "tmpfs");
+        let cover = at(715, 701, "/proc/tty", "kube-lxcfs-scratch");
+        let scratch = |lines: &[&String]| {
+            let lines: String = lines.iter().map(|line| line.as_str()).collect();
+            observed(&(CONTAINER.to_owned() + &lines)).scratch
+        };
+        assert_eq!(scratch(&[&lower]), [MountId(712)]);
+        assert_eq!(scratch(&[&lower, &upper]), [MountId(713), MountId(712)]);
+        assert_eq!(scratch(&[&lower, &upper, &other]), []);
+        assert_eq!(scratch(&[&lower, &cover]), [], "no path leads to it");
+        assert_eq!(scratch(&[&at(712, 701, point, "tmpfs")]), []);
+    }
+
+    #[test]
     fn missing_proc_or_root_is_unusable() {
         let without_proc = observed("700 600 0:50 / / rw - overlay o rw\n");
         assert_eq!(without_proc.unusable[&BaseFs::Procfs], UnusableBase::Missing);
@@ -238,6 +280,7 @@ mod tests {
         let table = MountTable::parse(text.as_bytes()).unwrap();
         let shared = observe(&table, b"/", |group| group == 7);
         assert_eq!(shared.unusable[&BaseFs::Procfs], UnusableBase::SharedWithHost);
+        assert_eq!(shared.shared, [BaseFs::Procfs].into());
         assert!(observe(&table, b"/", |group| [3, 8].contains(&group)).unusable.is_empty());
     }
 

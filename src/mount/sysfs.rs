@@ -52,13 +52,7 @@ impl ReadOnlySysfs {
     }
 
     fn make() -> io::Result<ReadOnlySysfs> {
-        nix::sched::unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)?;
-        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-        nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
-        let open = |path| rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
-        let namespace = open("/proc/thread-self/ns/mnt")?;
-        // The namespace must not keep the node's other file systems mounted.
-        detach_children_of_root()?;
+        let namespace = enter_empty_namespace(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)?;
         let context = rustix::mount::fsopen("sysfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
         rustix::mount::fsconfig_set_flag(&context, "ro")?;
         rustix::mount::fsconfig_create(&context)?;
@@ -90,6 +84,21 @@ impl ReadOnlySysfs {
             rustix::fs::openat2(&self.root, file.path_in_base(), flags, Mode::empty(), resolve);
         Ok(opened?)
     }
+}
+
+/// Moves the thread into a mount namespace of its own, in which only the root is mounted, so that
+/// it keeps none of the node's other file systems mounted. `namespaces` are those to make.
+///
+/// # Errors
+/// Those of unshare(2), mount(2) and umount2(2).
+pub(super) fn enter_empty_namespace(namespaces: CloneFlags) -> io::Result<OwnedFd> {
+    nix::sched::unshare(namespaces)?;
+    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+    nix::mount::mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+    let open = |path| rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    let namespace = open("/proc/thread-self/ns/mnt")?;
+    detach_children_of_root()?;
+    Ok(namespace)
 }
 
 /// Detaches every mount but the root of the thread's namespace.

@@ -1,8 +1,9 @@
 //! The part of a container's mount table that its view depends on. The rest of the table, which may
 //! be of any size, is not kept.
 
-use std::{collections::HashSet, io::Read};
+use std::{collections::HashSet, io::Read, sync::LazyLock};
 
+use super::scratch;
 use crate::{
     model::view::{BaseFs, ViewFile},
     sys::mountinfo::{self, ReadError},
@@ -32,26 +33,38 @@ impl TableLimit {
 /// # Errors
 /// Fails if the table cannot be read, or is larger than `limit`.
 pub fn read(table: impl Read, root: &[u8], limit: TableLimit) -> Result<Vec<u8>, ReadError> {
-    let points = points(root);
     mountinfo::filter_lines(table, limit.bytes(), |line| {
         // A line without a mount point is malformed: the parser reports it.
-        mountinfo::mount_point(line).is_none_or(|point| points.contains(&*point))
+        mountinfo::mount_point(line).is_none_or(|point| is_relevant(&point, root))
     })
 }
 
-/// The paths of the root, of the bases and of the view files, and all paths above them.
-fn points(root: &[u8]) -> HashSet<Vec<u8>> {
+/// Whether a path is that of the root, of a base, of a view file or of the scratch mount, or above
+/// one of them.
+fn is_relevant(point: &[u8], root: &[u8]) -> bool {
     let prefix = root.strip_suffix(b"/").unwrap_or(root);
+    match point.strip_prefix(prefix) {
+        Some([b'/', below @ ..]) if BELOW_ROOT.contains(below) => true,
+        _ => is_at_or_above(point, root),
+    }
+}
+
+fn is_at_or_above(point: &[u8], path: &[u8]) -> bool {
+    let is_above = |rest: &[u8]| rest.first().is_none_or(|b| *b == b'/');
+    point == b"/" || (!point.is_empty() && path.strip_prefix(point).is_some_and(is_above))
+}
+
+/// The paths that matter below a container's root.
+static BELOW_ROOT: LazyLock<HashSet<&[u8]>> = LazyLock::new(|| {
     let bases = BaseFs::ALL.into_iter().map(BaseFs::path);
     let files = ViewFile::ALL.into_iter().map(ViewFile::path);
-    let mut points = HashSet::from([b"/".to_vec()]);
-    for below in bases.chain(files) {
-        let path = [prefix, b"/", below.as_bytes()].concat();
-        let ends = (1..=path.len()).filter(|n| path.get(*n).is_none_or(|b| *b == b'/'));
-        points.extend(ends.map(|n| path[..n].to_vec()));
-    }
-    points
-}
+    let paths = bases.chain(files).chain([scratch::POINT]).map(str::as_bytes);
+    let ends = |path: &'static [u8]| {
+        let ends = (1..=path.len()).filter(move |n| path.get(*n).is_none_or(|b| *b == b'/'));
+        ends.map(move |n| &path[..n])
+    };
+    paths.flat_map(ends).collect()
+});
 
 #[cfg(test)]
 mod tests {
@@ -63,7 +76,7 @@ mod tests {
         sys::mountinfo::{Mount, MountTable},
     };
 
-    const POINTS: [&str; 12] = [
+    const POINTS: [&str; 13] = [
         "/",
         "/proc",
         "/sys",
@@ -76,6 +89,7 @@ mod tests {
         "/rootfs/proc/stat",
         "/mnt",
         "/proc/acpi",
+        "/proc/tty/ldisc",
     ];
 
     fn is_above(above: &str, path: &str) -> bool {
@@ -84,18 +98,21 @@ mod tests {
 
     /// A table as the kernel makes it: each mount lies on one whose mount point is a path above.
     fn tables() -> impl Strategy<Value = String> {
-        let mount = (any::<prop::sample::Index>(), 0..POINTS.len(), 0..3usize);
+        let mount = (any::<prop::sample::Index>(), 0..POINTS.len(), 0..4usize);
         vec(mount, 0..40).prop_map(|mounts| {
             let mut points = vec!["/"];
             let mut text = String::from("1 0 0:1 / / rw - overlay o rw\n");
             for (parent, point, fstype) in mounts {
-                let (point, fstype) = (POINTS[point], ["proc", "sysfs", "fuse.lxcfs"][fstype]);
+                let (point, fstype) =
+                    (POINTS[point], ["proc", "sysfs", "fuse.lxcfs", "tmpfs"][fstype]);
                 let on = |n: &usize| is_above(points[*n], point);
                 let parents: Vec<usize> = (0..points.len()).filter(on).collect();
                 let parent = parent.get(&parents) + 1;
                 points.push(point);
                 let id = points.len();
-                let line = format!("{id} {parent} 0:{id} {point} {point} ro - {fstype} s o\n");
+                let source = String::from_utf8_lossy(scratch::SOURCE);
+                let line =
+                    format!("{id} {parent} 0:{id} {point} {point} ro - {fstype} {source} o\n");
                 text.push_str(&line);
             }
             text
@@ -104,11 +121,16 @@ mod tests {
 
     #[test]
     fn points_are_paths_with_their_ancestors() {
-        let points = points(b"/run/rootfs");
         for point in ["/", "/run", "/run/rootfs", "/run/rootfs/proc/pressure", "/run/rootfs/sys"] {
-            assert!(points.contains(point.as_bytes()), "{point}");
+            assert!(is_relevant(point.as_bytes(), b"/run/rootfs"), "{point}");
         }
-        assert!(!points.contains(&b"/proc"[..]) && !points.contains(&b""[..]));
+        for point in ["", "/proc", "/ru", "/run/rootfs2", "/run/rootfs/proc/x", "/run/rootfsproc"] {
+            assert!(!is_relevant(point.as_bytes(), b"/run/rootfs"), "{point}");
+        }
+        for point in ["/", "/proc", "/proc/tty/ldisc", "/sys/devices"] {
+            assert!(is_relevant(point.as_bytes(), b"/"), "{point}");
+        }
+        assert!(!is_relevant(b"/proc/meminfo/x", b"/") && !is_relevant(b"proc", b"/"));
     }
 
     #[test]

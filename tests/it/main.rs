@@ -23,5 +23,6 @@ mod isolation;
 mod kubernetes;
 mod profiles;
 mod restart;
+mod scratch;
 mod starts;
 mod values;
