@@ -425,7 +425,8 @@ musl_version=$("$(echo "$(hack/offline/debian.sh sid musl)"/usr/lib/*-linux-musl
     sed -n 's/^Version //p') || true
 start_container
 run_in 0 "mkdir /tmp/java && /usr/lib/jvm/java-21-openjdk-*/bin/javac -J-Xmx64m --release 8 \
-    -Xlint:-options -d /tmp/java /opt/programs/Cpus.java" || fail "failed to compile the program in Java"
+    -Xlint:-options -d /tmp/java /opt/programs/Cpus.java" ||
+    fail "failed to compile the program in Java"
 
 list_programs
 version=()
