@@ -35,7 +35,7 @@ vm: ## scenarios in a virtual machine: CELL (kernel-6.12) of hack/vm/run.sh (roo
 vm-all: ## every cell, one after the other; updates docs/compatibility.md (root)
 	hack/vm/run.sh --write
 
-lint: ## rustfmt, clippy, fuzz crate, layers, dependencies, scripts, chart and manifests
+lint: ## rustfmt, clippy, fuzz crate, layers, dependencies, scripts, documents, chart, manifests
 	hack/lint.sh
 
 build: ## target/release/kube-lxcfs

@@ -38,7 +38,7 @@ packages_of() {
         ;;
     lint)
         echo shellcheck shellcheck c++ build-essential python3 python3 \
-            apparmor_parser apparmor scmp_sys_resolver seccomp
+            apparmor_parser apparmor scmp_sys_resolver seccomp codespell codespell
         ;;
     vm)
         echo qemu-system-x86_64 qemu-system-x86 mmdebstrap mmdebstrap mke2fs e2fsprogs \

@@ -42,6 +42,14 @@ for rule in json.load(sys.stdin)["syscalls"]: print(*rule["names"])' <$profiles/
     apparmor_parser --skip-kernel-load --skip-cache $profiles/apparmor-agent
 }
 
+# Comments and documents, without generated files. Ignored words: a keyword and a module of Rust,
+# names of types, a permission of AppArmor, a product and a variable.
+check_spelling() {
+    git ls-files -z --cached --others --exclude-standard |
+        grep -zvE '^(Cargo\.lock|fuzz/|.*\.(svg|json)$|proptest-regressions/)' |
+        xargs -0 codespell --ignore-words-list crate,ser,inflight,atleast,readby,aks,nd
+}
+
 hack/deps.sh build lint
 locked tools cargo_tool deny
 PATH="$(hack/offline/helm.sh):$PATH:$CACHE/tools/bin:/usr/sbin:/sbin"
@@ -58,6 +66,10 @@ check_named_tests
 say "dependencies"
 cargo deny --log-level error check bans licenses sources
 check_advisories
+say "documents"
+hack/check-links.py
+hack/picture.py --check
+check_spelling
 say "chart and manifests"
 check_profiles
 helm lint --strict --quiet charts/kube-lxcfs
