@@ -480,6 +480,8 @@ helm_installs_the_chart() {
     install
     rolled_out agent
     rolled_out lxcfs
+    note "Warnings of probes: $(kubectl -n "$namespace" get events \
+        --field-selector reason=Unhealthy -o name | wc -l)"
 }
 
 pods_that_opt_in_see_their_limit_and_others_the_node() {
