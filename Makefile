@@ -1,6 +1,6 @@
 # Every target installs what it needs from the distribution, by the scripts in hack/.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit e2e chaos fuzz bench programs vm vm-all lint build image manifests
+.PHONY: help demo test test-unit e2e chaos fuzz bench programs pictures vm vm-all lint build image manifests
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,11 @@ bench: ## all benchmarks, or only BENCH, the name of a file in benches/ (root)
 
 programs: ## run programs without and with a view; updates docs/programs.md (root)
 	hack/programs.sh --write
+
+pictures: ## docs/images: from their texts, and a recording of the demo (root)
+	hack/picture.py
+	hack/record.py docs/images/demo.svg \
+		unshare --mount --pid --fork --kill-child --mount-proc hack/demo.sh
 
 vm: ## scenarios in a virtual machine: CELL (kernel-6.12) of hack/vm/run.sh (root)
 	hack/vm/run.sh $(or $(CELL),kernel-6.12)

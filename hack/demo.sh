@@ -138,6 +138,7 @@ echo "  \$ pkill -9 lxcfs"
 pkill -9 -P "$supervisor" lxcfs
 wait "$reading"
 indent <"$dir/counts"
+expect "the first pod has a view again" sees_limit "$opted_in"
 echo "  The supervisor removed the dead view and restarted lxcfs; the agent injected a new view."
 show_memory "$opted_in"
 { grep -E ' (exit_reason|swept_files|lxcfs)=' "$dir/lxcfs.log" || true; } | tail -n +2 | indent
