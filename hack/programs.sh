@@ -383,8 +383,9 @@ COMMAND
 print_table() {
     local i with cell
     echo "A container with 128 MiB and half a CPU, on a node with $(nproc) CPUs and" \
-        "$(free -m | awk '/^Mem/ { print $2 }') MiB, kernel $(uname -r | cut -d- -f1)," \
-        "cgroup version $(cgroup_version), lxcfs $lxcfs_version, $(date -u +%F)."
+        "$(free -m | awk '/^Mem/ { print $2 }') MiB."
+    echo "Kernel $(uname -r | cut -d- -f1), cgroup version $(cgroup_version)," \
+        "lxcfs $lxcfs_version, $(date -u +%F)."
     echo
     echo "| program | version | reads | without a view | with a view | what to do instead |"
     echo "| --- | --- | --- | --- | --- | --- |"

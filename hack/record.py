@@ -16,7 +16,7 @@ import termios
 import time
 
 COLUMNS, ROWS = 100, 30
-CHARACTER, LINE, MARGIN = 7.83, 17, 12
+CHARACTER, LINE, MARGIN = 8.05, 17, 12
 # In seconds.
 LONGEST_PAUSE, READING_PAUSE, LAST_PAUSE = 1.0, 3.0, 6.0
 
