@@ -461,7 +461,7 @@ systemd_in_container() {
         --volume /usr/lib:/lib --volume /usr/lib64:/lib64 \
         --volume /run/units:/etc/systemd/system "$opt_in" -- \
         /usr/lib/systemd/systemd --unit=test.target || return
-    wait_for 60 has_view systemd && wait_for 60 is_running_systemd || return
+    wait_for 60 has_view systemd && wait_for 180 is_running_systemd || return
     cgroup=$(in_pod systemd cat /proc/1/cgroup)
     is "the cgroup of systemd" init.scope "${cgroup##*/}" || return
     is MemTotal $own_kib "$(memory_in systemd)" && one_cpu systemd || return
