@@ -5,9 +5,9 @@ that links lead to exist, references are defined and used, and addresses are htt
     hack/check-links.py
 """
 
+import os
 import pathlib
 import re
-import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -61,19 +61,16 @@ def problems(path):
 
 
 def main():
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "*.md"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        check=True,
-    )
     failed = False
-    for name in filter(None, listed.stdout.decode().split("\0")):
-        path = ROOT / name
-        if path.exists():
+    for directory, inner, names in os.walk(ROOT):
+        inner[:] = [name for name in inner if name not in {".git", "target"}]
+        for name in sorted(names):
+            if not name.endswith(".md"):
+                continue
+            path = pathlib.Path(directory, name)
             for problem in problems(path):
                 failed = True
-                print(f"error: {name}: {problem}", file=sys.stderr)
+                print(f"error: {path.relative_to(ROOT)}: {problem}", file=sys.stderr)
     sys.exit(failed)
 
 

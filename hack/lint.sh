@@ -45,9 +45,9 @@ for rule in json.load(sys.stdin)["syscalls"]: print(*rule["names"])' <$profiles/
 # Comments and documents, without generated files. Ignored words: a keyword and a module of Rust,
 # names of types, a permission of AppArmor, a product and a variable.
 check_spelling() {
-    git ls-files -z --cached --others --exclude-standard |
-        grep -zvE '^(Cargo\.lock|fuzz/|.*\.(svg|json)$|proptest-regressions/)' |
-        xargs -0 codespell --ignore-words-list crate,ser,inflight,atleast,readby,aks,nd
+    codespell --skip '*.svg,*.json' --ignore-words-list crate,ser,inflight,atleast,readby,aks,nd \
+        ./*.md Makefile Dockerfile Cargo.toml .ci .github benches charts docs hack manifests \
+        src tests
 }
 
 hack/deps.sh build lint
