@@ -36,8 +36,8 @@ use crate::{
     telemetry::{Backoff, Delays, OutageLog},
 };
 
-/// The window in which a failed request is repeated, or a watch that ended early is resumed. When an
-/// API server exits, all agents lose their watches in the same moment.
+/// The window in which a failed request is repeated, or a watch that ended early is resumed. When
+/// an API server exits, all agents lose their watches in the same moment.
 const RETRY_WINDOW: Backoff = Backoff::new(Duration::from_secs(4), Duration::from_secs(32));
 /// A watch without changes reports no success. After this time without a failure it had one.
 const STABLE: Duration = Duration::from_secs(120);
@@ -147,7 +147,7 @@ struct UpdateKinds<T> {
 }
 
 /// The delays of one watcher after failures. kube's own backoff starts again with each
-/// [`Event::Init`], which precedes every list: lists that fail would be repeated every 0.8 to 1.6 s.
+/// [`Event::Init`], which precedes every list: failing lists would be repeated every 0.8 to 1.6 s.
 #[derive(Debug)]
 struct Retries {
     delays: Delays,
