@@ -1,5 +1,6 @@
-//! What large mount tables cost: reads and searches by the size of the table, and a sweep of the
-//! node beside a container with many large tables.
+//! What large mount tables cost: reads and searches by the size of the table; operations on other
+//! containers beside one with a large table; and a sweep of the node beside a container with many
+//! large tables.
 //!
 //!     cargo bench --bench table
 #![allow(
@@ -18,7 +19,10 @@ use std::{
     fs,
     hint::black_box,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -39,6 +43,10 @@ use nix::{
 const SIZES: [usize; 4] = [100, 1_000, 10_000, 100_000];
 const CONTAINERS: usize = 20;
 const ROUNDS: usize = 21;
+/// Of one container beside the others.
+const LARGE: usize = 20_000;
+/// As many threads as the agent has on a machine with two CPUs.
+const AGENT_WORKERS: usize = 2;
 /// Of the hostile container.
 const BINDS: usize = 12_000;
 const NAMESPACES: usize = 130;
@@ -70,28 +78,68 @@ fn text(mounts: usize, stacked: bool) -> String {
     (1..=mounts).map(line).collect()
 }
 
+/// Prints the times per mount, which do not grow with the table if the work is linear. Above 1,000
+/// mounts, the fixed costs of a call do not count, and the table outgrows the CPU's caches.
 fn growth() {
+    const GOAL: f64 = 3.0;
     for (shape, stacked) in [("apart", false), ("stacked", true)] {
-        let mut last: Option<[Duration; 3]> = None;
+        let mut of_1000 = None;
         for size in SIZES {
             let text = text(size, stacked);
             let parsed = MountTable::parse(text.as_bytes()).unwrap();
             let parse = timed(|| MountTable::parse(text.as_bytes()).unwrap().mounts().len());
             let top = timed(|| parsed.top(b"/proc/meminfo").map(|m| m.id));
             let read = timed(|| table::read(text.as_bytes(), b"/", TableLimit::Large).is_ok());
-            let times = [parse, top, read];
-            let grown = last.map(|last| {
-                let ratio = |n: usize| times[n].as_secs_f64() / last[n].as_secs_f64();
-                format!("  times {:.1}, {:.1}, {:.1}", ratio(0), ratio(1), ratio(2))
-            });
-            println!(
-                "{size:>7} mounts {shape:8} parse {parse:>9.1?}  top {top:>9.1?}  \
-                 read {read:>9.1?}{}",
-                grown.unwrap_or_default()
+            #[allow(clippy::cast_precision_loss, reason = "sizes are small")]
+            let per_mount = [parse, top, read].map(|time| time.as_secs_f64() * 1e9 / size as f64);
+            let [p, t, r] = per_mount;
+            print!(
+                "{size:>7} mounts {shape:8} parse {parse:>9.1?} {p:>4.0} ns each  \
+                 top {top:>9.1?} {t:>4.0} ns each  read {read:>9.1?} {r:>4.0} ns each"
             );
-            last = Some(times);
+            let base = *of_1000.get_or_insert(per_mount);
+            if size <= 1000 {
+                of_1000 = Some(per_mount);
+                println!();
+                continue;
+            }
+            let ratios = [0, 1, 2].map(|n| per_mount[n] / base[n]);
+            let most = ratios.into_iter().fold(0.0, f64::max);
+            let verdict = if most <= GOAL { "ok" } else { "over" };
+            println!("  at most {most:.1} times that of 1000 (goal {GOAL}: {verdict})");
         }
     }
+}
+
+fn bind(source: &str, target: &str) {
+    let flags = MsFlags::MS_BIND;
+    nix::mount::mount(Some(source), target, None::<&str>, flags, None::<&str>).unwrap();
+}
+
+/// Runs `work` in the mount namespace of a process.
+fn inside(pid: i32, work: impl FnOnce() + Send + 'static) {
+    let enter = move || {
+        unshare(CloneFlags::CLONE_FS).unwrap();
+        let namespace = fs::File::open(format!("/proc/{pid}/ns/mnt")).unwrap();
+        setns(namespace, CloneFlags::CLONE_NEWNS).unwrap();
+        work();
+    };
+    std::thread::spawn(enter).join().unwrap();
+}
+
+/// A container with [`LARGE`] mounts, none of them on the paths of view files.
+fn large() -> Bare {
+    let bare = Bare::start();
+    inside(bare.pid, || {
+        let (source, flags) = (Some("tmpfs"), MsFlags::empty());
+        nix::mount::mount(source, "/mnt", source, flags, None::<&str>).unwrap();
+        for n in 0..LARGE {
+            let target = format!("/mnt/{n}");
+            fs::write(&target, "").unwrap();
+            bind("/proc/uptime", &target);
+        }
+    });
+    bare
 }
 
 /// A container with many namespaces, each with a large mount table.
@@ -111,18 +159,7 @@ impl Hostile {
             fs::write(dir.join("cgroup.procs"), bare.pid.to_string()).unwrap();
         }
         let pid = bare.pid;
-        std::thread::spawn(move || {
-            unshare(CloneFlags::CLONE_FS).unwrap();
-            let namespace = fs::File::open(format!("/proc/{pid}/ns/mnt")).unwrap();
-            setns(namespace, CloneFlags::CLONE_NEWNS).unwrap();
-            for _ in 0..BINDS {
-                let (source, target) = (Some("/proc/uptime"), "/proc/meminfo");
-                let bind = MsFlags::MS_BIND;
-                nix::mount::mount(source, target, None::<&str>, bind, None::<&str>).unwrap();
-            }
-        })
-        .join()
-        .unwrap();
+        inside(pid, || (0..BINDS).for_each(|_| bind("/proc/uptime", "/proc/meminfo")));
         let dir = tempfile::tempdir().unwrap();
         let target = format!("--target={pid}");
         let copy = |n: usize| {
@@ -191,6 +228,63 @@ impl Node {
         [clean.join().unwrap(), whole]
     }
 
+    /// The times of injections into the containers, one after the other.
+    fn injections(&self, workers: &Workers) -> Vec<Duration> {
+        let inject = |process: &Arc<Process>| {
+            let view = |files| {
+                let task = Task::reconcile(files, Some(self.lxcfs.clone()));
+                let reconciled = mount::reconcile(workers, process.clone(), task);
+                self.runtime.block_on(reconciled).unwrap().unwrap();
+            };
+            view(DesiredView::Absent);
+            let started = Instant::now();
+            view(DesiredView::Exactly(FileSet::ALL));
+            started.elapsed()
+        };
+        (0..ROUNDS).flat_map(|_| self.containers.iter().map(inject)).collect()
+    }
+
+    /// Injects into the containers, alone and while the agent's workers also reconcile, again and
+    /// again, a container with a large table.
+    fn print_injections_beside_large_table(&self) {
+        let workers = Workers::start(AGENT_WORKERS, Duration::from_secs(60)).unwrap();
+        let alone = self.injections(&workers);
+        let large = large();
+        let process = Arc::new(Process::open(i64::from(large.pid)).unwrap());
+        let stop = Arc::new(AtomicBool::new(false));
+        let reconciling = std::thread::spawn({
+            let (workers, lxcfs, stop) = (workers.clone(), self.lxcfs.clone(), stop.clone());
+            move || {
+                let runtime =
+                    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                let mut times = Vec::new();
+                while !stop.load(Ordering::Relaxed) {
+                    let desired = DesiredView::Exactly(FileSet::ALL);
+                    let task = Task::reconcile(desired, Some(lxcfs.clone()));
+                    let started = Instant::now();
+                    let reconciled = mount::reconcile(&workers, process.clone(), task);
+                    runtime.block_on(reconciled).unwrap().unwrap();
+                    times.push(started.elapsed());
+                }
+                times
+            }
+        });
+        let beside = self.injections(&workers);
+        stop.store(true, Ordering::Relaxed);
+        let of_large = reconciling.join().unwrap();
+        let (count, of_large) = (of_large.len(), median(of_large));
+        let [(half, most), (half_beside, most_beside)] = [alone, beside].map(|mut times| {
+            times.sort();
+            (times[times.len() / 2], times[times.len() * 99 / 100])
+        });
+        let verdict = if half_beside <= 3 * half { "ok" } else { "over" };
+        println!(
+            "injection into {CONTAINERS} containers: median {half:.1?}, 99th percentile {most:.1?} \
+             alone; {half_beside:.1?}, {most_beside:.1?} beside {count} reconciles of {LARGE} \
+             mounts, {of_large:.1?} each (goal 3 times the median: {verdict})"
+        );
+    }
+
     fn sweeps(&self) -> [Duration; 2] {
         let times: Vec<[Duration; 2]> = (0..ROUNDS).map(|_| self.sweep()).collect();
         [0, 1].map(|n| median(times.iter().map(|time| time[n]).collect()))
@@ -208,6 +302,7 @@ fn main() {
     let open = |bare: &Bare| Arc::new(Process::open(i64::from(bare.pid)).unwrap());
     let containers = bares.iter().map(open).collect();
     let node = Node { runtime, workers, lxcfs, containers };
+    node.print_injections_beside_large_table();
     let [clean, whole] = node.sweeps();
     let hostile = Hostile::start();
     let [clean_beside, whole_beside] = node.sweeps();

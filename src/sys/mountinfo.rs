@@ -367,6 +367,38 @@ mod tests {
         }
     }
 
+    /// Many mounts of the root, as many stacked on `/proc/meminfo`, and as many each on the one
+    /// before. A search that scans the table for each mount takes minutes here.
+    #[test]
+    fn top_of_a_large_table_is_found() {
+        const COUNT: u64 = 20_000;
+        let on = |first: u64, n: u64, base: u64| if n == 0 { base } else { first + n - 1 };
+        let lines = |n: u64| {
+            let [apart, stacked, below] = [100_000, 200_000, 300_000].map(|first| first + n);
+            let (on_stack, on_last) = (on(200_000, n, 2), on(300_000, n, 1));
+            format!(
+                "{apart} 1 0:3 / /mnt/{n} rw - tmpfs t rw\n\
+                 {stacked} {on_stack} 0:2 /uptime /proc/meminfo rw - proc p rw\n\
+                 {below} {on_last} 0:4 / /deep/{n} rw - tmpfs t rw\n"
+            )
+        };
+        let base = "1 0 0:1 / / rw - overlay o rw\n2 1 0:2 / /proc rw - proc p rw\n".to_owned();
+        let mut text = base + &(0..COUNT).map(lines).collect::<String>();
+        let top = |text: &str, path: &str| {
+            let table = MountTable::parse(text.as_bytes()).unwrap();
+            table.top(path.as_bytes()).map(|m| m.id.0)
+        };
+        assert_eq!(top(&text, "/proc/meminfo"), Some(219_999));
+        assert_eq!(top(&text, "/mnt/19999"), Some(119_999));
+        assert_eq!(top(&text, "/deep/19999"), Some(319_999));
+        // A cover hides what lies on the mount below it.
+        text += "1000000 300009 0:5 / /deep/9 rw - tmpfs t rw\n";
+        assert_eq!(top(&text, "/deep/9"), Some(1_000_000));
+        assert_eq!(top(&text, "/deep/10"), None);
+        assert_eq!(top(&text, "/deep/19999"), None);
+        assert_eq!(top(&text, "/mnt/19999"), Some(119_999));
+    }
+
     #[test]
     fn own_mount_table_parses() {
         let text = std::fs::read("/proc/self/mountinfo").unwrap();
