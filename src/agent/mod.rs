@@ -266,7 +266,10 @@ impl Agent {
             }
             Message::LxcfsSearched { generation, .. } if generation != self.generation => {}
             Message::LxcfsSearched { found, .. } => {
-                self.set_lxcfs_up(found.is_ok());
+                // Its version is read from the mount table, which is long on a full node.
+                if found.is_ok() != self.lxcfs_up {
+                    self.set_lxcfs_up(found.is_ok());
+                }
                 let first_failure = self.state.lxcfs_searched(found.is_ok(), Instant::now());
                 match found {
                     Ok(()) => self.outage.recovered("lxcfs serves again"),

@@ -21,7 +21,10 @@ use crate::{
         nri::{self, NriMode},
     },
     supervisor::volume,
-    sys::syscalls::{self, Purpose},
+    sys::{
+        self,
+        syscalls::{self, Purpose},
+    },
     telemetry::{events::Events, metrics::Metrics},
 };
 
@@ -31,6 +34,7 @@ const RESERVED_WORKERS: usize = 1;
 const CHANNEL_CAPACITY: usize = 256;
 
 pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
+    sys::limit_heap();
     check::require_capabilities()?;
     let scope = args.scope();
     let selects_namespaces = scope.namespace_selector.is_some();

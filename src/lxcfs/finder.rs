@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeMap,
     io::Read,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -14,11 +15,11 @@ use rustix::{
 };
 use tokio::sync::oneshot;
 
-use super::{Error, Identity, identify, is_writable};
+use super::{Error, Identity, is_writable, mounted_at, unique_identity};
 use crate::{
     model::view::ViewFile,
     mount::{LxcfsFiles, WorkError, Workers, observe::LXCFS_FSTYPE},
-    sys::mountinfo::{MountId, MountTable},
+    sys::mountinfo::{Dev, MountId, MountTable},
 };
 
 /// The interval between the searches of [`wait_until_serving`].
@@ -58,7 +59,12 @@ pub async fn wait_until_serving(
 pub struct Finder {
     path: PathBuf,
     pending: Arc<Mutex<Option<PendingProbe>>>,
+    known: Arc<KnownLxcfs>,
 }
+
+/// A mount that is one of lxcfs, and not writable, as the mount table showed: it is not read again
+/// for the same mount. On a full node that takes longer than an injection.
+type KnownLxcfs = Mutex<Option<Identity>>;
 
 /// A probe that timed out and has not returned.
 #[derive(Debug)]
@@ -70,7 +76,7 @@ struct PendingProbe {
 
 impl Finder {
     pub fn new(path: &Path) -> Finder {
-        Finder { path: path.to_owned(), pending: Arc::default() }
+        Finder { path: path.to_owned(), pending: Arc::default(), known: Arc::default() }
     }
 
     pub fn path(&self) -> &Path {
@@ -80,15 +86,15 @@ impl Finder {
     /// # Errors
     /// Fails if no lxcfs serves, or it does not respond within the workers' deadline.
     pub async fn find(&self, workers: &Workers) -> Result<Arc<LxcfsFiles>, Error> {
-        let identity = identify(&self.path);
+        let identity = mounted_at(&self.path);
         if let Some(probe) = &mut *self.pending() {
             let hangs = matches!(probe.result.try_recv(), Err(oneshot::error::TryRecvError::Empty));
             if hangs && probe.identity == identity {
                 return Err(Error::Hung { path: self.path.clone(), timeout: probe.timeout });
             }
         }
-        let path = self.path.clone();
-        let timed_out = match workers.run(move |_| open(&path)).await {
+        let (path, known) = (self.path.clone(), self.known.clone());
+        let timed_out = match workers.run(move |_| open(&path, &known)).await {
             Ok(found) => {
                 *self.pending() = None;
                 return found.map(Arc::new);
@@ -113,7 +119,7 @@ impl Finder {
 
 /// Opens the view files of the lxcfs at `path`, and reads one. Blocks if lxcfs hangs. Does not open
 /// `cpu` of one that is writable.
-fn open(path: &Path) -> Result<LxcfsFiles, Error> {
+fn open(path: &Path, known: &KnownLxcfs) -> Result<LxcfsFiles, Error> {
     let fail = |verb| move |cause: std::io::Error| Error::Io { path: path.to_owned(), verb, cause };
     // Only readlink(2) is called on the path's last component; FUSE handles it for a directory
     // without its server.
@@ -122,6 +128,23 @@ fn open(path: &Path) -> Result<LxcfsFiles, Error> {
         _ if cause.raw_os_error() == Some(libc::ENOTCONN) => Error::Dead(path.to_owned()),
         _ => fail("resolve the path")(cause),
     })?;
+    let open_root = || {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open(&real, flags, Mode::empty()).map_err(|e| match e {
+            Errno::NOTCONN => Error::Dead(path.to_owned()),
+            e => fail("open the mount")(e.into()),
+        })
+    };
+    let known = || known.lock().unwrap_or_else(PoisonError::into_inner);
+    let identity = *known();
+    if let Some(identity) = identity
+        && mounted_at(&real) == Some(identity)
+    {
+        let root = open_root()?;
+        if unique_identity(&root) == Some(identity) {
+            return open_files(path, &root, identity.dev, false);
+        }
+    }
     let text =
         std::fs::read("/proc/thread-self/mountinfo").map_err(fail("read the mount table"))?;
     let table = MountTable::parse(&text)
@@ -133,11 +156,7 @@ fn open(path: &Path) -> Result<LxcfsFiles, Error> {
         let fstype = String::from_utf8_lossy(&mount.fstype).into_owned();
         return Err(Error::NotLxcfs { path: path.to_owned(), fstype });
     }
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = rustix::fs::open(&real, flags, Mode::empty()).map_err(|e| match e {
-        Errno::NOTCONN => Error::Dead(path.to_owned()),
-        e => fail("open the mount")(e.into()),
-    })?;
+    let root = open_root()?;
     let opened = rustix::fs::statx(
         &root,
         "",
@@ -150,12 +169,19 @@ fn open(path: &Path) -> Result<LxcfsFiles, Error> {
             "another mount has just replaced it",
         )));
     }
+    let writable = is_writable(mount);
+    *known() = unique_identity(&root).filter(|_| !writable);
+    open_files(path, &root, mount.dev, writable)
+}
+
+/// Opens the view files below the root of an lxcfs, and reads one.
+fn open_files(path: &Path, root: &OwnedFd, dev: Dev, writable: bool) -> Result<LxcfsFiles, Error> {
+    let fail = |verb| move |cause: std::io::Error| Error::Io { path: path.to_owned(), verb, cause };
     let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
     let mut files = BTreeMap::new();
-    let writable = is_writable(mount);
     for file in ViewFile::ALL.into_iter().filter(|file| !(writable && *file == ViewFile::Cpu)) {
         match rustix::fs::openat2(
-            &root,
+            root,
             file.path(),
             OFlags::PATH | OFlags::CLOEXEC,
             Mode::empty(),
@@ -168,11 +194,11 @@ fn open(path: &Path) -> Result<LxcfsFiles, Error> {
             Err(cause) => tracing::debug!(%file, %cause, "view file not served by lxcfs"),
         }
     }
-    probe(&root).map_err(|cause| match cause.raw_os_error() {
+    probe(root).map_err(|cause| match cause.raw_os_error() {
         Some(libc::ENOTCONN | libc::ECONNABORTED) => Error::Dead(path.to_owned()),
         _ => fail("read proc/uptime")(cause),
     })?;
-    Ok(LxcfsFiles { dev: mount.dev, files, writable })
+    Ok(LxcfsFiles { dev, files, writable })
 }
 
 /// Checks that lxcfs responds: reads the file that is the cheapest for it.

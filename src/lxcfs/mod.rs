@@ -6,9 +6,12 @@ mod server;
 mod shared;
 mod watcher;
 
-use std::path::{Path, PathBuf};
+use std::{
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
 
-use rustix::fs::{AtFlags, StatxFlags};
+use rustix::fs::{AtFlags, Statx, StatxFlags};
 
 pub use self::{
     finder::{Finder, find, wait_until_serving},
@@ -62,11 +65,35 @@ const STATX_MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 /// Identifies the lxcfs that is mounted at `path`, if one is. It is sent no request.
 pub fn identify(path: &Path) -> Option<Identity> {
     mount_at(path, |mount, real| {
-        let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
-        let unique = rustix::fs::statx(rustix::fs::CWD, real, flags, STATX_MNT_ID_UNIQUE).ok();
+        let unique = stat_mount(rustix::fs::CWD, real);
         let unique = unique.filter(|stat| stat.stx_mask & STATX_MNT_ID_UNIQUE.bits() != 0);
         Identity { dev: mount.dev, mount: unique.map_or(mount.id.0, |stat| stat.stx_mnt_id) }
     })
+}
+
+/// The identity of the mount at `path`, of an lxcfs or not, as [`identify`] has it. No mount
+/// table is read.
+fn mounted_at(path: &Path) -> Option<Identity> {
+    stat_mount(rustix::fs::CWD, path).and_then(|stat| identity_of(&stat))
+}
+
+/// The identity of the mount that a file is opened in, if the kernel has unique ids.
+fn unique_identity(file: impl AsFd) -> Option<Identity> {
+    let stat = stat_mount(file, Path::new(""))?;
+    identity_of(&stat).filter(|_| stat.stx_mask & STATX_MNT_ID_UNIQUE.bits() != 0)
+}
+
+fn identity_of(stat: &Statx) -> Option<Identity> {
+    let ids = STATX_MNT_ID_UNIQUE | StatxFlags::MNT_ID;
+    let dev = Dev { major: stat.stx_dev_major, minor: stat.stx_dev_minor };
+    (stat.stx_mask & ids.bits() != 0).then_some(Identity { dev, mount: stat.stx_mnt_id })
+}
+
+/// The id of the topmost mount at `path`, the unique one if the kernel has it, and its device
+/// number. Its file system is sent no request.
+fn stat_mount(dir: impl AsFd, path: &Path) -> Option<Statx> {
+    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT | AtFlags::EMPTY_PATH;
+    rustix::fs::statx(dir, path, flags, STATX_MNT_ID_UNIQUE | StatxFlags::MNT_ID).ok()
 }
 
 /// The version of the lxcfs that is mounted at `path`. It is sent no request. `None` if it has no
@@ -109,6 +136,20 @@ mod tests {
 
     fn mount(line: &str) -> Mount<'_> {
         Mount::parse(line.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn mount_is_identified_without_the_table() {
+        let text = std::fs::read("/proc/thread-self/mountinfo").unwrap();
+        let table = MountTable::parse(&text).unwrap();
+        let (proc, root) = (table.top(b"/proc").unwrap(), table.top(b"/").unwrap());
+        let identity = mounted_at(Path::new("/proc")).unwrap();
+        assert_eq!(identity.dev, proc.dev);
+        let open = std::fs::File::open("/proc").unwrap();
+        assert!(unique_identity(open).is_none_or(|unique| unique == identity));
+        assert_ne!(mounted_at(Path::new("/")).unwrap().mount, identity.mount);
+        assert_ne!(root.id, proc.id);
+        assert_eq!(mounted_at(Path::new("/proc/none")), None);
     }
 
     #[test]

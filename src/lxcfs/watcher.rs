@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::{
-    Error, Finder, Identity, identify, is_writable_at,
+    Error, Finder, Identity, identify, is_writable_at, mounted_at,
     server::{ServingProcess, serving_process},
 };
 use crate::{mount::Workers, sys};
@@ -165,6 +165,26 @@ impl Watcher {
         Some(Change::ReadOnly(current))
     }
 
+    /// Finds out whether another lxcfs is mounted after a change of the mount table, or none. Each
+    /// start of a container changes the table, and a full node's is long: it is not read while the
+    /// mount is the same.
+    fn remounted(&mut self) -> Option<Change> {
+        let path = self.finder.path();
+        if self.current.is_some_and(|current| mounted_at(path) == Some(current)) {
+            return None;
+        }
+        let current = identify(path);
+        if current == self.current {
+            return None;
+        }
+        self.current = current;
+        self.unresponsive = false;
+        self.watch_writable();
+        (self.server, self.unsearched) = (None, true);
+        self.search_again = None;
+        Some(Change::Mounted(current))
+    }
+
     /// Sends every change until the receiver is dropped.
     pub async fn run(mut self, changes: Sender<Change>) {
         loop {
@@ -255,16 +275,7 @@ impl Watcher {
                     }
                 }
                 () = self.mount_table.changed() => {
-                    let current = identify(self.finder.path());
-                    if current != self.current {
-                        self.current = current;
-                        self.unresponsive = false;
-                        self.watch_writable();
-                        (self.server, self.unsearched) = (None, true);
-                        self.search_again = None;
-                        return Change::Mounted(current);
-                    }
-                    if let Some(change) = self.read_only() {
+                    if let Some(change) = self.remounted() {
                         return change;
                     }
                 }

@@ -2,7 +2,8 @@
 //! processes, mount tables and the check for system calls. Independent of pods and lxcfs.
 #![allow(
     unsafe_code,
-    reason = "mount_setattr(2) has no safe wrapper in nix or rustix, and epoll none in tokio"
+    reason = "mount_setattr(2) and mallopt(3) have no safe wrapper in nix or rustix, and epoll \
+              none in tokio"
 )]
 
 pub mod fuse;
@@ -30,6 +31,25 @@ pub fn async_fd(fd: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>>
     // SAFETY: an `OwnedFd` stays open and refers to the same open file until it is dropped, which
     // the `AsyncFd` does.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(Into::into)
+}
+
+/// Makes glibc return freed memory to the kernel: by default, it keeps what lists of a thousand
+/// containers needed once, and a heap for each thread (mallopt(3)). For use before the first thread
+/// starts. Other C libraries keep their defaults.
+pub fn limit_heap() {
+    #[cfg(target_env = "gnu")]
+    {
+        const KEPT: libc::c_int = 128 << 10;
+        let parameters = [
+            (libc::M_ARENA_MAX, 1),
+            (libc::M_TRIM_THRESHOLD, KEPT),
+            (libc::M_MMAP_THRESHOLD, KEPT),
+        ];
+        for (parameter, value) in parameters {
+            // SAFETY: the call takes two integers and sets a parameter of the allocator.
+            unsafe { libc::mallopt(parameter, value) };
+        }
+    }
 }
 
 /// `struct mount_attr` of mount_setattr(2).
