@@ -6,8 +6,8 @@
 //!     cargo bench --bench node -- 10 100  with 100 instead of 1,000 containers
 //!
 //! The containers are those of a real containerd 2. The agent has the pods from CRI, and the starts
-//! from NRI and CRI events. lxcfs has a supervisor. Everything runs in a pid and a mount namespace of
-//! its own, on a tmpfs.
+//! from NRI and CRI events. A supervisor runs lxcfs. Everything runs in a pid and a mount namespace
+//! of its own, on a tmpfs.
 #![allow(
     clippy::unwrap_used,
     clippy::wildcard_imports,
@@ -139,10 +139,11 @@ fn churn(containerd: &Containerd, stop: &AtomicBool, deleted: &AtomicUsize) {
     });
 }
 
-/// The agent at one moment.
+/// A process at one moment.
 #[derive(Clone, Copy, Debug)]
 struct Sample {
     at: Instant,
+    /// In MiB.
     rss: f64,
     /// User and system time, in seconds.
     cpu: f64,
@@ -160,6 +161,10 @@ fn sample(pid: i32) -> Sample {
         threads: status.threads,
         descriptors: process.fd_count().unwrap(),
     }
+}
+
+fn cpu_percent(from: Sample, to: Sample) -> f64 {
+    100.0 * (to.cpu - from.cpu) / (to.at - from.at).as_secs_f64()
 }
 
 /// The sum of the agent's metrics whose names begin with `series`.
@@ -230,7 +235,14 @@ fn measure(minutes: usize, count: usize) {
     std::thread::scope(|scope| {
         scope.spawn(|| churn(&containerd, &stop, &deleted));
         let _stop = StopOnDrop(&stop);
+        let before = sample(lxcfs.supervisor.pid());
         print_minutes(minutes, agent.pid(), &address, &deleted);
+        let after = sample(lxcfs.supervisor.pid());
+        println!(
+            "the supervisor: {:.2} % of a core, {:.2} MiB resident",
+            cpu_percent(before, after),
+            after.rss
+        );
     });
     for name in [
         "operations_total{operation=\"inject\",result=\"success\"}",
@@ -258,7 +270,7 @@ fn print_minutes(minutes: usize, pid: i32, address: &str, deleted: &AtomicUsize)
             rss.push(((now.at - started).as_secs_f64() / 60.0, now.rss));
         }
         let now = sample(pid);
-        let percent = 100.0 * (now.cpu - last.cpu) / (now.at - last.at).as_secs_f64();
+        let percent = cpu_percent(last, now);
         let Sample { rss, threads, descriptors, .. } = now;
         println!(
             "{minute:>6} {rss:>8.2} {percent:>5.2}% {threads:>8} {descriptors:>12} {all:>11} \

@@ -71,6 +71,11 @@ pub fn identify(path: &Path) -> Option<Identity> {
     })
 }
 
+/// Whether [`identify`] finds this identity at `path`. It reads no mount table if so.
+pub fn is_mounted(path: &Path, identity: Identity) -> bool {
+    [mounted_at, identify].iter().any(|find| find(path) == Some(identity))
+}
+
 /// The identity of the mount at `path`, of an lxcfs or not, as [`identify`] has it. No mount
 /// table is read.
 fn mounted_at(path: &Path) -> Option<Identity> {

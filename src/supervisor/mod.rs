@@ -38,7 +38,7 @@ use tokio::{
 
 use self::{cgroup2::Cgroup2, predecessors::Predecessors, program::Program};
 use crate::{
-    lxcfs::{Error as FindError, Finder, Identity, MountTableWatch, identify},
+    lxcfs::{Error as FindError, Finder, Identity, MountTableWatch, identify, is_mounted},
     mount::Workers,
     node,
     runtime::cgroup::CgroupVersion,
@@ -282,7 +282,7 @@ impl Supervisor {
         };
         let unmounted = async {
             // A covered lxcfs serves no new view.
-            while identify(&self.path) == Some(serving) {
+            while is_mounted(&self.path, serving) {
                 mount_table.changed().await;
             }
         };
