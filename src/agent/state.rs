@@ -315,11 +315,11 @@ impl State {
         let mut operations = Vec::new();
         let usable = self.lxcfs_usable(now);
         for (id, c) in &mut self.containers {
-            let Some(pod) = self.pods.get(&c.pod) else { continue };
             let waits = c.retry.is_some_and(|(_, at)| at > now) || (c.waits_for_lxcfs() && !usable);
             if !c.needs_reconcile() || waits {
                 continue;
             }
+            let Some(pod) = self.pods.get(&c.pod) else { continue };
             let with_lxcfs = usable && (c.needs_lxcfs() || c.adopt);
             c.in_flight = Some(InFlight { desired: c.desired, with_lxcfs, dirty: false });
             let name = format!("{}/{}/{}", pod.pod.namespace, pod.pod.name, c.name);
