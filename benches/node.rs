@@ -172,7 +172,8 @@ fn metric(address: &str, series: &str) -> f64 {
     let (code, text) = get_from(address, "/metrics");
     assert_eq!(code, 200, "{text}");
     let lines = text.lines().filter(|line| line.starts_with(&format!("kube_lxcfs_{series}")));
-    lines.map(|line| line.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap()).sum()
+    let values = lines.map(|line| line.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap());
+    values.fold(0.0, |sum, value| sum + value)
 }
 
 /// The slope of the line with the least squares through the points.
