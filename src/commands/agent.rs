@@ -15,6 +15,7 @@ use crate::{
     args::{AgentArgs, Common, CriEvents, PodSource},
     lxcfs::{Finder, SharedLxcfs, Watcher},
     model::pod::Update,
+    node,
     runtime::{PidSource, Runtime, cri::CriClient},
     sources::{
         cri, kubernetes,
@@ -48,6 +49,7 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     let cri = CriClient::new(common.cri_endpoint, common.host_root.clone());
     let workers = workers(args.workers, Purpose::Mount)?;
     workers.reserve(RESERVED_WORKERS).context("failed to start the threads that mount")?;
+    node::prepare_scratch().await;
     let finder = Finder::new(&common.lxcfs_path);
     let (updates_tx, updates) = mpsc::channel(CHANNEL_CAPACITY);
     let (lxcfs_changes_tx, lxcfs_changes) = mpsc::channel(CHANNEL_CAPACITY);

@@ -159,6 +159,8 @@ impl Supervisor {
         // hang by one interval.
         let probe_interval = self.watchdog / 10;
         let probe_deadline = self.watchdog.saturating_sub(probe_interval);
+        // Before it is needed: a sweep is urgent.
+        node::prepare_scratch().await;
         let pools = Pools {
             sweepers: Workers::start(SWEEPERS, SWEEP_DEADLINE).map_err(Error::Workers)?,
             probe_workers: Workers::start(1, probe_deadline).map_err(Error::Workers)?,
