@@ -18,6 +18,7 @@
 #   E2E_BUSYBOX=IMAGE            the image of test pods (busybox:1)
 #   E2E_VALUES=FILE              more chart values
 #   E2E_NRI=1                    the runtime has NRI
+#   E2E_PLUGIN=FILE              the program as a kubectl plugin, of the agent's image by default
 #   E2E_PORT=PORT                the agent's HTTP port, if E2E_VALUES changes it
 #   E2E_SIZES=SECONDS            also measure memory, and CPU time in SECONDS without changes
 # shellcheck disable=SC2317,SC2329 # steps and conditions are called by name
@@ -50,6 +51,7 @@ PATH="$(hack/offline/helm.sh):$PATH"
 # The release's namespace, and that of the pods.
 namespace=kube-lxcfs
 pods_namespace=kube-lxcfs-e2e
+plugin=${E2E_PLUGIN-}
 
 exists() { [ -n "$(kubectl get "$1" "$2" --ignore-not-found -o name)" ]; }
 
@@ -529,6 +531,45 @@ annotations_and_labels_of_running_pods_take_effect() {
     eventually 5 "pods of the namespace without label see the node" all_pods sees_node out
 }
 
+# unpack_plugin: takes the program from the agent's image.
+unpack_plugin() {
+    local layer
+    mkdir "$dir/agent"
+    tar -xf "$archives/agent.tar" -C "$dir/agent"
+    for layer in "$dir"/agent/*.tar; do tar -xf "$layer" -C "$dir/agent"; done
+    plugin=$dir/agent/usr/bin/kube-lxcfs
+}
+# lxcfs ARGUMENT...: runs the plugin, and checks the width of its output.
+lxcfs() {
+    kubectl lxcfs --agent-namespace "$namespace" "$@" >"$dir/lxcfs" 2>&1 ||
+        fail "kubectl lxcfs $*: $(cat "$dir/lxcfs")"
+    ! LC_ALL=C.UTF-8 has -E '^.{101}' "$dir/lxcfs" || fail "kubectl lxcfs $*: $(cat "$dir/lxcfs")"
+    cat "$dir/lxcfs"
+}
+kubectl_lxcfs_explains_and_changes_views() {
+    local pod node text line PATH=$dir/bin:$PATH
+    [ -n "$plugin" ] || unpack_plugin
+    mkdir "$dir/bin"
+    cp "$plugin" "$dir/bin/kubectl-lxcfs"
+    pod=$(pods_of in | sed -n 1p)
+    node=$(kubectl get "$pod" -o 'jsonpath={.spec.nodeName}')
+    text=$(lxcfs explain "$pod")
+    for line in 'rule +annotation kube-lxcfs.io/inject' 'agent .* ready$' 'lxcfs +serves' \
+        'observed +[0-9]+ current: .*meminfo' 'state +injected' 'event +Normal LxcfsInjected'; do
+        has -E "$line" <<<"$text" || fail "explain shows no '$line': $text"
+    done
+    text=$(lxcfs status)
+    has -E "^$node .*/${pod#pod/} .* injected" <<<"$text" || fail "status shows no $pod: $text"
+    text=$(lxcfs status -A)
+    has -E "^$node .* injected" <<<"$text" || fail "status -A shows no view: $text"
+    text=$(lxcfs check --node "$node")
+    has -E '^(ok|warn) +kernel' <<<"$text" || fail "check shows no kernel: $text"
+    lxcfs eject "$pod" >/dev/null
+    eventually 5 "the ejected pod sees the node" sees_node "$pod"
+    lxcfs inject "$pod" >/dev/null
+    eventually 5 "the injected pod sees its limit" sees_limit "$pod"
+}
+
 an_invalid_annotation_is_reported_on_the_pod() {
     local pod
     pod=$(pods_of out | sed -n 1p)
@@ -910,6 +951,7 @@ main() {
     step the_lxcfs_pod_does_not_write_to_cgroups
     step annotations_and_labels_of_running_pods_take_effect
     step an_invalid_annotation_is_reported_on_the_pod
+    if [ -z "$given" ] || [ -n "$plugin" ]; then step kubectl_lxcfs_explains_and_changes_views; fi
     step helm_test_passes
     step views_outlive_the_agents_pod
     step deleting_the_lxcfs_pod_fails_no_read

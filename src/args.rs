@@ -1,8 +1,13 @@
 //! The command line's arguments.
 
-use std::{ffi::OsString, net::SocketAddr, path::PathBuf, process::ExitCode, time::Duration};
+pub mod kubectl;
 
-use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
+use std::{
+    collections::BTreeMap, ffi::OsString, net::SocketAddr, path::PathBuf, process::ExitCode,
+    time::Duration,
+};
+
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 use crate::{
     model::{
@@ -226,6 +231,45 @@ pub struct AgentArgs {
 }
 
 impl AgentArgs {
+    /// The flags of another agent, from its arguments and its environment. The environment of this
+    /// process has no effect.
+    ///
+    /// # Errors
+    /// Fails if it is not an agent, or has a flag that this version does not know.
+    pub fn of_process(
+        arguments: &[String],
+        environment: &BTreeMap<String, String>,
+    ) -> Result<AgentArgs, clap::Error> {
+        let program = || std::iter::once("kube-lxcfs".to_owned());
+        let without_environment =
+            |command: clap::Command| command.mut_args(|arg| arg.env(None::<&'static str>));
+        let command = without_environment(Cli::command()).mut_subcommands(without_environment);
+        // A flag has priority over its variable.
+        let given = command.clone().try_get_matches_from(program().chain(arguments.to_vec()))?;
+        let given = given.subcommand_matches("agent");
+        let mut all = arguments.to_vec();
+        let own = Cli::command();
+        for arg in own.find_subcommand("agent").into_iter().flat_map(|agent| agent.get_arguments())
+        {
+            let value = arg.get_env().and_then(|name| environment.get(name.to_str()?));
+            let (Some(value), Some(flag)) = (value, arg.get_long()) else { continue };
+            let source = given.and_then(|given| given.value_source(arg.get_id().as_str()));
+            if source == Some(clap::parser::ValueSource::CommandLine) {
+                continue;
+            }
+            if arg.get_action().takes_values() {
+                all.push(format!("--{flag}={value}"));
+            } else if value == "true" {
+                all.push(format!("--{flag}"));
+            }
+        }
+        let matches = command.try_get_matches_from(program().chain(all))?;
+        match Cli::from_arg_matches(&matches)?.command {
+            Command::Agent(args) => Ok(args),
+            _ => Err(clap::Error::new(clap::error::ErrorKind::InvalidSubcommand)),
+        }
+    }
+
     /// Which pods have a view without an annotation.
     pub fn scope(&self) -> Scope {
         let defaults = if self.inject_by_default { &DEFAULT_EXCLUDED[..] } else { &[] };
@@ -412,6 +456,38 @@ mod tests {
             let args = [&["kube-lxcfs"], invalid].concat();
             assert_eq!(Cli::try_parse_from(args).unwrap_err().exit_code(), 2, "{invalid:?}");
         }
+    }
+
+    #[test]
+    fn flags_of_a_process_come_from_arguments_and_environment() {
+        let of = |arguments: &[&str], environment: &[(&str, &str)]| {
+            let arguments: Vec<String> = arguments.iter().map(|&a| a.to_owned()).collect();
+            let pairs =
+                environment.iter().map(|&(name, value)| (name.to_owned(), value.to_owned()));
+            AgentArgs::of_process(&arguments, &pairs.collect())
+        };
+        let plain = of(&["agent"], &[]).unwrap();
+        assert_eq!((plain.inject_by_default, plain.listen.port()), (false, 9808));
+        let args = of(
+            &["agent", "--lxcfs-path", "/x", "--listen", "[::1]:1"],
+            &[
+                ("KUBE_LXCFS_LISTEN", "[::1]:2"),
+                ("KUBE_LXCFS_INJECT_BY_DEFAULT", "true"),
+                ("KUBE_LXCFS_ADOPT", "false"),
+                ("KUBE_LXCFS_EXCLUDE_NAMESPACES", "a,b"),
+                ("KUBE_LXCFS_PODS_FROM", "cri"),
+                ("KUBE_LXCFS_LXCFS_PATH", "/y"),
+                ("OTHER", "x"),
+            ],
+        );
+        let args = args.unwrap();
+        assert_eq!((args.inject_by_default, args.adopt, args.listen.port()), (true, false, 1));
+        assert_eq!(
+            (args.scope().exclude_namespaces, args.pods_from),
+            (vec!["a".to_owned(), "b".to_owned()], PodSource::Cri)
+        );
+        assert!(of(&["agent", "--no-such-flag"], &[]).is_err());
+        assert!(of(&["lxcfs"], &[]).is_err());
     }
 
     #[test]

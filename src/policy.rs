@@ -63,29 +63,64 @@ impl Decision {
     }
 }
 
+/// What decides whether a pod has a view.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Rule {
+    /// The annotation [`INJECT_KEY`] of the pod.
+    Annotation,
+    /// An excluded namespace: no view.
+    ExcludedNamespace,
+    /// The pod selector matches: a view.
+    PodSelector,
+    /// The label [`INJECT_KEY`] of the namespace.
+    NamespaceLabel,
+    /// The namespace selector matches: a view.
+    NamespaceSelector,
+    /// `--inject-by-default`
+    Default,
+}
+
+/// The rule that decides about a pod: the first of [`Rule`] that applies.
+pub fn rule(scope: &Scope, pod: &Pod, namespace_labels: Option<&Labels>) -> Rule {
+    if pod.annotations.inject.is_some() {
+        return Rule::Annotation;
+    }
+    rule_without_annotation(scope, pod, namespace_labels)
+}
+
+fn rule_without_annotation(scope: &Scope, pod: &Pod, namespace_labels: Option<&Labels>) -> Rule {
+    if scope.exclude_namespaces.contains(&pod.namespace) {
+        return Rule::ExcludedNamespace;
+    }
+    if scope.pod_selector.as_ref().is_some_and(|selector| selector.matches(&pod.labels)) {
+        return Rule::PodSelector;
+    }
+    if namespace_labels.is_some_and(|labels| labels.contains_key(INJECT_KEY)) {
+        return Rule::NamespaceLabel;
+    }
+    let selects = scope.namespace_selector.as_ref().zip(namespace_labels);
+    if selects.is_some_and(|(selector, labels)| selector.matches(labels)) {
+        return Rule::NamespaceSelector;
+    }
+    Rule::Default
+}
+
 /// What decides about a pod without the annotation [`INJECT_KEY`]: the value of this label of its
-/// namespace if that decides, and the default otherwise. The first of these that applies decides:
-///
-/// 1. an excluded namespace: no view
-/// 2. the pod selector matches: a view
-/// 3. the label of the namespace
-/// 4. the namespace selector matches: a view
-/// 5. `--inject-by-default`
+/// namespace if that decides, and the default otherwise.
 pub fn without_annotation<'a>(
     scope: &Scope,
     pod: &Pod,
     namespace_labels: Option<&'a Labels>,
 ) -> (Option<&'a str>, bool) {
-    if scope.exclude_namespaces.contains(&pod.namespace) {
-        return (None, false);
+    match rule_without_annotation(scope, pod, namespace_labels) {
+        Rule::ExcludedNamespace => (None, false),
+        Rule::PodSelector | Rule::NamespaceSelector => (None, true),
+        Rule::NamespaceLabel => {
+            let label = namespace_labels.and_then(|labels| labels.get(INJECT_KEY));
+            (label.map(String::as_str), scope.inject_by_default)
+        }
+        Rule::Annotation | Rule::Default => (None, scope.inject_by_default),
     }
-    if scope.pod_selector.as_ref().is_some_and(|selector| selector.matches(&pod.labels)) {
-        return (None, true);
-    }
-    let label = namespace_labels.and_then(|labels| labels.get(INJECT_KEY)).map(String::as_str);
-    let selects = scope.namespace_selector.as_ref().zip(namespace_labels);
-    let selected = selects.is_some_and(|(selector, labels)| selector.matches(labels));
-    (label, selected || scope.inject_by_default)
 }
 
 /// Decides for one pod. `namespace_label` is the value of [`INJECT_KEY`] on its namespace,
@@ -244,6 +279,27 @@ mod tests {
                 "{inject:?} {pod:?} {of_namespace:?} {inject_by_default}"
             );
         }
+    }
+
+    #[test]
+    fn first_rule_that_applies_decides() {
+        let mut scope = Scope { inject_by_default: true, ..Scope::default() };
+        let mut pod = Pod { namespace: "shop".into(), ..Pod::default() };
+        let mut labels = Labels::new();
+        assert_eq!(rule(&scope, &pod, Some(&labels)), Rule::Default);
+        labels.insert("team".into(), "a".into());
+        scope.namespace_selector = Some("team=a".parse().unwrap());
+        assert_eq!(rule(&scope, &pod, Some(&labels)), Rule::NamespaceSelector);
+        assert_eq!(rule(&scope, &pod, None), Rule::Default);
+        labels.insert(INJECT_KEY.into(), "false".into());
+        assert_eq!(rule(&scope, &pod, Some(&labels)), Rule::NamespaceLabel);
+        pod.labels.insert("app".into(), "web".into());
+        scope.pod_selector = Some("app=web".parse().unwrap());
+        assert_eq!(rule(&scope, &pod, Some(&labels)), Rule::PodSelector);
+        scope.exclude_namespaces.push("shop".into());
+        assert_eq!(rule(&scope, &pod, Some(&labels)), Rule::ExcludedNamespace);
+        pod.annotations.inject = Some("x".into());
+        assert_eq!(rule(&scope, &pod, Some(&labels)), Rule::Annotation);
     }
 
     #[test]

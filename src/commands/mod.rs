@@ -1,8 +1,10 @@
-//! The commands: each calls modules of lower layers and prints the result. They decide nothing.
+//! The commands, and the kubectl plugin: each calls modules of lower layers and prints the result.
+//! They decide nothing.
 
 mod agent;
 mod check;
 mod hook;
+mod kubectl;
 mod lxcfs;
 mod mount;
 mod output;
@@ -10,12 +12,12 @@ mod probe;
 mod status;
 mod unsupported;
 
-use std::{io::Write, process::ExitCode, time::Duration};
+use std::{ffi::OsString, io::Write, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result};
 
 use crate::{
-    args::{Cli, Command},
+    args::{Cli, Command, kubectl::Plugin},
     mount::Workers,
     sys::syscalls::{self, Purpose},
 };
@@ -27,9 +29,31 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// Runs a command, and prints an error in one line on stderr. `docs/reference.md` lists the exit
 /// statuses.
 pub fn run(cli: Cli) -> ExitCode {
+    finish(dispatch(cli))
+}
+
+/// Runs the kubectl plugin with these arguments of a process.
+pub fn run_plugin(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    match Plugin::parse_arguments(arguments) {
+        Ok(plugin) => finish(kubectl::run(plugin)),
+        Err(e) => {
+            let _ = e.print();
+            if e.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS }
+        }
+    }
+}
+
+/// Prints the words with which kubectl completes a line of the plugin: the arguments of a process,
+/// of which the last is incomplete.
+pub fn complete_plugin(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let words = arguments.into_iter().skip(1).map(|word| word.to_string_lossy().into_owned());
+    kubectl::complete(&words.collect::<Vec<_>>()).unwrap_or(ExitCode::FAILURE)
+}
+
+fn finish(command: impl Future<Output = Result<ExitCode>>) -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let finished = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
-        let finished = runtime.block_on(dispatch(cli));
+        let finished = runtime.block_on(command);
         // The process does not wait for a hung thread.
         runtime.shutdown_background();
         finished

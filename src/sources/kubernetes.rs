@@ -367,6 +367,14 @@ impl Resource for SlimPod {
     }
 }
 
+/// A pod of the API server, reduced to the fields that decide about views.
+///
+/// # Errors
+/// Fails if the pod lacks a field that the API requires.
+pub fn reduced(pod: &core::Pod) -> serde_json::Result<Pod> {
+    serde_json::from_value(serde_json::to_value(pod)?).map(into_pod)
+}
+
 fn into_pod(pod: SlimPod) -> Pod {
     let SlimStatus { init, main, ephemeral } = pod.status;
     let statuses = init.into_iter().chain(main).chain(ephemeral);

@@ -20,6 +20,7 @@ mod hostile_pods;
 mod hostile_tables;
 mod http;
 mod isolation;
+mod kubectl;
 mod kubernetes;
 mod profiles;
 mod restart;
