@@ -238,6 +238,43 @@ fn namespace_label_is_the_default_of_its_pods() {
 }
 
 #[test]
+fn selectors_and_exclusions_decide_without_annotation() {
+    isolated(|| {
+        let node = Node::start();
+        for name in ["selected", "excluded"] {
+            node.namespace(name, json!({"team": "a"}));
+        }
+        node.namespace("plain", json!({}));
+        let selected = node.pod("selected", "a", json!({}), &["app"]);
+        let excluded = node.pod("excluded", "b", json!({}), &["app"]);
+        let annotated =
+            node.pod("excluded", "c", json!({"kube-lxcfs.io/inject": "true"}), &["app"]);
+        let plain = node.pod("plain", "d", json!({}), &["app"]);
+        let selectors = ["--pod-selector", "app in (web,api)", "--namespace-selector", "team"];
+        let _agent = node.agent(&[&selectors[..], &["--exclude-namespaces", "excluded"]].concat());
+        node.has(&annotated.containers["app"], ALL);
+        node.has(&selected.containers["app"], ALL);
+        node.has(&excluded.containers["app"], 0);
+        node.has(&plain.containers["app"], 0);
+        let label = |args: &[&str]| node.cluster.kubectl(&[&["label"], args].concat());
+        label(&["--namespace", "plain", "pod", "d", "app=web"]);
+        node.has(&plain.containers["app"], ALL);
+        label(&["--namespace", "plain", "pod", "d", "app=db", "--overwrite"]);
+        node.has(&plain.containers["app"], 0);
+        label(&["namespace", "plain", "team=b"]);
+        node.has(&plain.containers["app"], ALL);
+        // The label of kube-lxcfs decides before the selector.
+        node.relabel("plain", json!("false"));
+        node.has(&plain.containers["app"], 0);
+        node.relabel("plain", Value::Null);
+        node.has(&plain.containers["app"], ALL);
+        label(&["namespace", "plain", "team-"]);
+        node.has(&plain.containers["app"], 0);
+        node.has(&excluded.containers["app"], 0);
+    });
+}
+
+#[test]
 fn inject_by_default_applies_unless_opted_out() {
     isolated(|| {
         let node = Node::start();
