@@ -80,8 +80,8 @@ fn run_agents(config: Config, nodes: usize, record: Record) {
             let (updates_tx, mut updates) = mpsc::channel(256);
             let client = agent_client(config.clone(), agent, record.clone());
             let node = format!("node-{agent}");
-            tokio::spawn(watch_pods(client.clone(), node, updates_tx.clone()));
-            tokio::spawn(watch_namespaces(client, false, updates_tx));
+            tokio::spawn(watch_pods(client.clone(), node, updates_tx.clone(), Arc::default()));
+            tokio::spawn(watch_namespaces(client, false, updates_tx, Arc::default()));
             let record = record.clone();
             tokio::spawn(async move {
                 while let Some(update) = updates.recv().await {

@@ -18,7 +18,7 @@ packages_of() {
         ;;
     test)
         echo etcd etcd-server unshare util-linux openssl openssl kubectl kubernetes-client \
-            podman podman crun crun
+            podman podman crun crun promtool prometheus prometheus prometheus
         ;;
     helm)
         echo npm npm python3 python3

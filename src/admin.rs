@@ -13,7 +13,7 @@ use std::{
 use axum::{
     Router,
     extract::{ConnectInfo, RawQuery, State, connect_info::Connected},
-    http::{StatusCode, header},
+    http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
     serve::IncomingStream,
@@ -30,27 +30,31 @@ use crate::{
     lxcfs::Finder,
     model::{
         container_id::ContainerId,
+        pod::Pod,
         status::{ContainerStatus, DesiredStatus, Snapshot, SnapshotRequest},
     },
     mount::Workers,
     node::{self, ViewStatus},
     runtime::cri::CriClient,
     sources,
-    telemetry::metrics::Metrics,
+    telemetry::metrics::{self, Metrics, exposition::Format, supervisor::SupervisorMetrics},
 };
 
 /// A loop that does not respond within this time is stuck.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// The media type of OpenMetrics.
-const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 /// The response of `/`.
 const ENDPOINTS: &str = "\
 /healthz               200 if the agent's loop responds
 /readyz                200 if the agent can inject; else the reason
 /readyz?exclude=lxcfs  the same, whether lxcfs serves or not
-/metrics               metrics in OpenMetrics 1.0
+/metrics               metrics as Prometheus text, or in OpenMetrics 1.0
 /status                views of the node, in JSON, for loopback clients
 ";
+/// The limit for each part of `/metrics` that waits for containers or the runtime; Prometheus waits
+/// 10 s by default.
+const METRICS_TIMEOUT: Duration = Duration::from_secs(2);
+/// The views that `/metrics` counts are at most this old, unless a container hangs.
+const VIEWS_TTL: Duration = Duration::from_secs(15);
 const STUCK: &str = "the agent's loop is stuck";
 /// The response of `/status` to other hosts. It names pods of every namespace.
 const LOOPBACK_ONLY: &str =
@@ -93,6 +97,8 @@ struct Status {
     app: AppState,
     workers: Workers,
     last: Mutex<Option<(Instant, Bytes)>>,
+    /// When `/metrics` last counted the views. Locked while it does.
+    counted: Arc<Mutex<Option<Instant>>>,
 }
 
 /// The address of a client.
@@ -140,16 +146,44 @@ fn without_ipv6(address: SocketAddr, error: &std::io::Error) -> Option<SocketAdd
 /// Fails if the threads of `/status` cannot be started.
 pub async fn serve(listener: TcpListener, state: AppState) -> std::io::Result<()> {
     let workers = Workers::start(STATUS_THREADS, STATUS_DEADLINE)?;
-    let views = Arc::new(Status { app: state.clone(), workers, last: Mutex::default() });
+    let status =
+        Status { app: state.clone(), workers, last: Mutex::default(), counted: Arc::default() };
+    let views = Router::new().route("/status", get(self::status)).route("/metrics", get(metrics));
     let router = Router::new()
         .route("/", get(ENDPOINTS))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
-        .route("/metrics", get(metrics))
         .with_state(Arc::new(state))
-        .merge(Router::new().route("/status", get(status)).with_state(views));
+        .merge(views.with_state(Arc::new(status)));
     let service = router.into_make_service_with_connect_info::<Peer>();
     axum::serve(BoundedListener::new(listener), service).await
+}
+
+/// Serves `/metrics` and `/healthz` of the supervisor until it fails.
+///
+/// # Errors
+/// Those of accept(2).
+pub async fn serve_supervisor(
+    listener: TcpListener,
+    metrics: Arc<SupervisorMetrics>,
+) -> std::io::Result<()> {
+    let text = |State(metrics): State<Arc<SupervisorMetrics>>, headers: HeaderMap| async move {
+        exposition(&headers, |format| metrics.text(format))
+    };
+    let router = Router::new()
+        .route("/healthz", get("ok\n"))
+        .route("/metrics", get(text))
+        .with_state(metrics);
+    axum::serve(BoundedListener::new(listener), router).await
+}
+
+/// The response with metrics in the format that the client accepts.
+fn exposition(headers: &HeaderMap, text: impl FnOnce(Format) -> String) -> Response {
+    let accept: Vec<&str> =
+        headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect();
+    let format = Format::negotiate(&accept.join(","));
+    let headers = [(header::CONTENT_TYPE, format.content_type()), (header::VARY, "Accept")];
+    (headers, text(format)).into_response()
 }
 
 async fn healthz(State(state): State<Arc<AppState>>) -> Response {
@@ -180,14 +214,26 @@ async fn readyz(State(state): State<Arc<AppState>>, RawQuery(query): RawQuery) -
     }
 }
 
-async fn metrics(State(state): State<Arc<AppState>>) -> Response {
-    let Some(Snapshot { containers, .. }) = state.snapshot().await else {
+async fn metrics(State(status): State<Arc<Status>>, headers: HeaderMap) -> Response {
+    let AppState { metrics, workers, cri, .. } = &status.app;
+    let Some(Snapshot { containers, .. }) = status.app.snapshot().await else {
         return unavailable(STUCK);
     };
-    state
-        .metrics
-        .set_containers(|state| containers.iter().filter(|c| c.desired.state == state).count());
-    ([(header::CONTENT_TYPE, OPENMETRICS)], state.metrics.text()).into_response()
+    let count =
+        |is: &dyn Fn(&DesiredStatus) -> bool| containers.iter().filter(|c| is(&c.desired)).count();
+    metrics.set_containers(|state| count(&|c| c.state == state));
+    metrics.set_containers_without_view(|state, reason| {
+        count(&|c| c.state == state && c.reason == Some(reason))
+    });
+    metrics.set_workers_hung(workers.hung());
+    let runtime = async {
+        if let Some(cri) = cri {
+            let version = tokio::time::timeout(METRICS_TIMEOUT, cri.version()).await;
+            metrics.set_runtime_up(version.is_ok_and(|version| version.is_ok()));
+        }
+    };
+    tokio::join!(runtime, status.count_views());
+    exposition(&headers, |format| metrics.text(format))
 }
 
 async fn status(
@@ -210,21 +256,54 @@ async fn status(
 }
 
 impl Status {
+    /// Counts the views for `/metrics`. A pass that a hung container delays goes on, and the last
+    /// numbers stay until it has finished.
+    async fn count_views(self: &Arc<Self>) {
+        let Ok(mut counted) = self.counted.clone().try_lock_owned() else { return };
+        if counted.is_some_and(|at| at.elapsed() < VIEWS_TTL) {
+            return;
+        }
+        let status = self.clone();
+        let pass = tokio::spawn(async move {
+            if let Ok(views) = status.views(Vec::new()).await {
+                let worst: Vec<metrics::ViewState> = views.iter().filter_map(worst_state).collect();
+                let count = |state| worst.iter().filter(|worst| **worst == state).count();
+                status.app.metrics.set_views(count);
+            }
+            *counted = Some(Instant::now());
+        });
+        let _ = tokio::time::timeout(METRICS_TIMEOUT, pass).await;
+    }
+
     async fn rows(&self) -> Result<Bytes, String> {
         let pods = match &self.app.cri {
             Some(cri) => sources::cri::list_pods_or_none(cri).await,
             None => Vec::new(),
         };
+        let views = self.views(pods).await?;
+        let Snapshot { containers, .. } = self.app.snapshot().await.ok_or(STUCK)?;
+        let rows = serde_json::to_vec(&rows(views, containers));
+        rows.map(Bytes::from).map_err(|e| e.to_string())
+    }
+
+    /// The views of the node.
+    async fn views(&self, pods: Vec<Pod>) -> Result<Vec<ViewStatus>, String> {
         let finder = &self.app.finder;
         let found = finder.find(&self.workers).await;
         let at_path = node::state_at_path(finder.path(), found.as_deref());
         drop(found);
         let views = node::status(&self.workers, at_path, pods).await;
-        let views = views.map_err(|e| format!("failed to scan /proc: {e}"))?;
-        let Snapshot { containers, .. } = self.app.snapshot().await.ok_or(STUCK)?;
-        let rows = serde_json::to_vec(&rows(views, containers));
-        rows.map(Bytes::from).map_err(|e| e.to_string())
+        views.map_err(|e| format!("failed to scan /proc: {e}"))
     }
+}
+
+/// The state of the worst file of a view.
+fn worst_state(view: &ViewStatus) -> Option<metrics::ViewState> {
+    view.files.values().max().map(|worst| match worst {
+        node::ViewState::Current => metrics::ViewState::Current,
+        node::ViewState::Stale => metrics::ViewState::Stale,
+        node::ViewState::Dead => metrics::ViewState::Dead,
+    })
 }
 
 /// A container with a view, or that wants one.

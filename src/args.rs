@@ -17,7 +17,7 @@ use crate::{
     runtime::{PidSource, cri::CriEndpoint},
     sources::nri::{self, NriMode},
     sys::host_root::HostRoot,
-    telemetry::LogFormat,
+    telemetry::{LogFormat, events::EventLevel},
 };
 
 /// Mount lxcfs files into running Kubernetes containers, so that /proc/meminfo, /proc/cpuinfo and
@@ -199,6 +199,9 @@ pub struct AgentArgs {
     /// evented PLEG: that runtime sends each event to one listener only.
     #[arg(long, env = "KUBE_LXCFS_CRI_EVENTS", value_enum, default_value_t = CriEvents::Auto)]
     pub cri_events: CriEvents,
+    /// Events to create on pods; the log has all.
+    #[arg(long, env = "KUBE_LXCFS_EVENTS", value_enum, default_value_t = EventLevel::All)]
+    pub events: EventLevel,
     /// Address of /healthz, /readyz, /metrics and /status. [::] serves IPv4 too.
     #[arg(long, env = "KUBE_LXCFS_LISTEN", value_name = "IP:PORT", default_value = "[::]:9808")]
     pub listen: SocketAddr,
@@ -300,6 +303,9 @@ pub struct LxcfsArgs {
         value_parser = parse_duration
     )]
     pub watchdog: Duration,
+    /// Address of /metrics and /healthz [default: none].
+    #[arg(long, env = "KUBE_LXCFS_LISTEN", value_name = "IP:PORT")]
+    pub listen: Option<SocketAddr>,
     /// Additional arguments for lxcfs.
     #[arg(last = true, value_name = "ARGUMENT")]
     pub args: Vec<OsString>,

@@ -32,7 +32,7 @@ use crate::{
     },
     mount::{LxcfsFiles, Workers},
     plan::DesiredView,
-    runtime::Runtime,
+    runtime::{Runtime, cgroup::CgroupVersion},
     sources::nri::BlockedStart,
     sys::mountinfo::Dev,
     telemetry::{
@@ -209,13 +209,17 @@ impl Agent {
             tracing::debug!(?trigger, ?elapsed, "desired view injected");
             self.metrics.injected(trigger, elapsed);
         }
-        if self.state.is_idle()
-            && let Some(started) = self.remount_started.take()
-        {
-            self.metrics.remount_pass_finished(started.elapsed());
+        if self.state.is_idle() {
+            self.metrics.synced();
+            if let Some(started) = self.remount_started.take() {
+                self.metrics.remount_pass_finished(started.elapsed());
+            }
         }
         for event in self.state.take_events() {
             self.publish(event);
+        }
+        for event in self.state.take_namespace_events() {
+            self.events.publish_for_namespace(event);
         }
         // An operation may have injected views of an exited lxcfs after its sweep.
         let unused: Vec<PreviousLxcfs> =
@@ -337,8 +341,9 @@ impl Agent {
     fn set_lxcfs_up(&mut self, up: bool) {
         self.lxcfs_up = up;
         self.metrics.set_lxcfs_up(up);
-        let version = lxcfs::version_at(&self.lxcfs_path);
-        self.metrics.set_lxcfs_version(version.filter(|_| up));
+        let version = lxcfs::version_at(&self.lxcfs_path).filter(|_| up);
+        let cgroup = CgroupVersion::of_node().label();
+        self.metrics.set_lxcfs_version(version.map(|version| (version, cgroup)));
     }
 
     fn snapshot(&self) -> Snapshot {

@@ -21,7 +21,7 @@ use super::pod_events::{self, PodReport};
 use crate::{
     model::{
         container_id::ContainerId,
-        pod::{Pod, StartedContainer, Trigger, Update},
+        pod::{INJECT_KEY, Pod, StartedContainer, Trigger, Update},
         selector::{Labels, Scope},
         status::ContainerStatus,
     },
@@ -29,7 +29,7 @@ use crate::{
     policy::{self, InvalidAnnotation},
     telemetry::{
         Backoff,
-        events::{PodEvent, Reason},
+        events::{NamespaceEvent, PodEvent, Reason},
     },
 };
 
@@ -84,6 +84,9 @@ pub struct State {
     /// exited one, so nothing is injected during a sweep.
     sweeps: usize,
     events: Vec<PodEvent>,
+    namespace_events: Vec<NamespaceEvent>,
+    /// The invalid label of each namespace that an event reported.
+    reported_labels: HashMap<String, String>,
     latencies: Vec<(Trigger, Duration)>,
 }
 
@@ -101,6 +104,8 @@ impl State {
             missing: None,
             sweeps: 0,
             events: Vec::new(),
+            namespace_events: Vec::new(),
+            reported_labels: HashMap::new(),
             latencies: Vec::new(),
         }
     }
@@ -124,14 +129,17 @@ impl State {
                 self.namespaces_listed = true;
                 self.namespace_labels =
                     namespaces.into_iter().map(|n| (n.name, n.labels)).collect();
+                self.forget_changed_labels();
                 self.update_desired_where(|_| true, now);
             }
             Update::NamespaceApplied(namespace) => {
                 self.namespace_labels.insert(namespace.name.clone(), namespace.labels);
+                self.forget_changed_labels();
                 self.update_desired_where(|pod| pod.namespace == namespace.name, now);
             }
             Update::NamespaceDeleted(name) => {
                 self.namespace_labels.remove(&name);
+                self.forget_changed_labels();
                 self.update_desired_where(|pod| pod.namespace == name, now);
             }
             Update::ContainerStarted(container, trigger) => {
@@ -150,6 +158,14 @@ impl State {
                 containers.into_iter().for_each(|c| self.container_started(c, trigger, now));
             }
         }
+    }
+
+    /// Makes a label that is invalid again be reported again.
+    fn forget_changed_labels(&mut self) {
+        let labels = &self.namespace_labels;
+        self.reported_labels.retain(|namespace, reported| {
+            labels.get(namespace).and_then(|labels| labels.get(INJECT_KEY)) == Some(reported)
+        });
     }
 
     fn replace_pods(&mut self, pods: Vec<Pod>, now: Instant) {
@@ -259,9 +275,22 @@ impl State {
         let nests = pod.containers.iter().filter(|c| c.nests_containers);
         decision.skip_nesting(&pod.annotations, nests.map(|c| c.name.as_str()));
         if *seen_by_watch && *invalid != decision.invalid {
-            if !decision.invalid.is_empty() {
-                let note =
-                    decision.invalid.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+            let mut of_pod = Vec::new();
+            for one in &decision.invalid {
+                let InvalidAnnotation::NamespaceLabel(value) = one else {
+                    of_pod.push(one.to_string());
+                    continue;
+                };
+                // Once on the namespace, not on each of its pods.
+                if self.reported_labels.get(&pod.namespace) != Some(value) {
+                    let (namespace, value) = (pod.namespace.clone(), value.clone());
+                    self.reported_labels.insert(namespace.clone(), value.clone());
+                    let note = one.to_string();
+                    self.namespace_events.push(NamespaceEvent { namespace, value, note });
+                }
+            }
+            if !of_pod.is_empty() {
+                let note = of_pod.join("; ");
                 let pod = pod_events::reference(pod);
                 self.events.push(PodEvent { pod, reason: Reason::LxcfsInvalidAnnotation, note });
             }
@@ -410,6 +439,11 @@ impl State {
     /// The events since the last call.
     pub fn take_events(&mut self) -> Vec<PodEvent> {
         std::mem::take(&mut self.events)
+    }
+
+    /// The events about namespaces since the last call.
+    pub fn take_namespace_events(&mut self) -> Vec<NamespaceEvent> {
+        std::mem::take(&mut self.namespace_events)
     }
 
     /// The latencies of the views that were injected since the last call, each from its first

@@ -26,7 +26,10 @@ use crate::{
         self,
         syscalls::{self, Purpose},
     },
-    telemetry::{events::Events, metrics::Metrics},
+    telemetry::{
+        events::{EventLevel, Events},
+        metrics::Metrics,
+    },
 };
 
 /// The number of threads, beside `--workers`, for operations that a blocked start waits for.
@@ -50,7 +53,8 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     let workers = workers(args.workers, Purpose::Mount)?;
     workers.reserve(RESERVED_WORKERS).context("failed to start the threads that mount")?;
     node::prepare_scratch().await;
-    let finder = Finder::new(&common.lxcfs_path);
+    let metrics = Arc::new(Metrics::default());
+    let finder = Finder::new(&common.lxcfs_path).with_metrics(metrics.clone());
     let (updates_tx, updates) = mpsc::channel(CHANNEL_CAPACITY);
     let (lxcfs_changes_tx, lxcfs_changes) = mpsc::channel(CHANNEL_CAPACITY);
     let (blocked_starts_tx, blocked_starts) = mpsc::channel(CHANNEL_CAPACITY);
@@ -61,11 +65,22 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     watchers.spawn("the watch of lxcfs", lxcfs_watcher.run(lxcfs_changes_tx));
     let events = match args.pods_from {
         PodSource::Kubernetes => {
-            watch_api_server(args.node_name, selects_namespaces, &updates_tx, &mut watchers).await?
+            let level = args.events;
+            let watched = watch_api_server(
+                args.node_name,
+                selects_namespaces,
+                level,
+                &updates_tx,
+                &metrics,
+                &mut watchers,
+            );
+            watched.await?
         }
         PodSource::Cri => {
-            watchers
-                .spawn("the watch of pod sandboxes", cri::watch(cri.clone(), updates_tx.clone()));
+            watchers.spawn(
+                "the watch of pod sandboxes",
+                cri::watch(cri.clone(), updates_tx.clone(), metrics.clone()),
+            );
             Events::to_log()
         }
     };
@@ -80,7 +95,6 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
         format!("failed to listen on {}; set --listen to another address", args.listen)
     })?;
     tracing::info!(http_address = %listener.local_addr().unwrap_or(args.listen), "serving HTTP");
-    let metrics = Arc::new(Metrics::default());
     let app = AppState {
         snapshots: snapshots_tx,
         metrics: metrics.clone(),
@@ -88,6 +102,15 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
         finder: finder.clone(),
         cri: (common.pid_from != PidSource::Proc).then(|| cri.clone()),
     };
+    let node = check::Node {
+        cri: cri_is_used.then(|| cri.clone()),
+        finder: finder.clone(),
+        workers: Ok(workers.clone()),
+        host_root: common.host_root.clone(),
+        nri_socket: args.nri_socket.clone(),
+        passive: true,
+    };
+    let checks = node.record(metrics.clone());
     let dependencies = Dependencies {
         // Blocked starts wait for its searches.
         lxcfs: SharedLxcfs::new(finder, workers.urgent()),
@@ -100,15 +123,16 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
             adopt: args.adopt,
         }),
         adopt: args.adopt,
-        metrics,
+        metrics: metrics.clone(),
     };
     let nri_socket = nri::Socket { host_root: common.host_root, path: args.nri_socket };
-    let nri_outputs = nri::Outputs { starts: blocked_starts_tx, updates: updates_tx };
+    let nri_outputs = nri::Outputs { starts: blocked_starts_tx, updates: updates_tx, metrics };
     let inputs = Inputs { updates, lxcfs_changes, blocked_starts, snapshot_requests };
     tokio::select! {
         stopped = agent::run(dependencies, inputs) => stopped?,
         stopped = watchers.stopped() => return Err(stopped),
         stopped = run_nri(args.nri, nri_socket, nri_outputs) => stopped?,
+        never = checks => match never {},
         stopped = admin::serve(listener, app) => stopped.context("failed to serve HTTP")?,
     }
     // The last of the two pods removes the volume; lxcfs's pod does this too.
@@ -123,7 +147,9 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
 async fn watch_api_server(
     node_name: Option<String>,
     all_namespaces: bool,
+    level: EventLevel,
     updates: &mpsc::Sender<Update>,
+    metrics: &Arc<Metrics>,
     watchers: &mut Watchers,
 ) -> Result<Events> {
     let node = node_name
@@ -135,13 +161,18 @@ async fn watch_api_server(
     )?;
     watchers.spawn(
         "the watch of pods",
-        kubernetes::watch_pods(client.clone(), node.clone(), updates.clone()),
+        kubernetes::watch_pods(client.clone(), node.clone(), updates.clone(), metrics.clone()),
     );
     watchers.spawn(
         "the watch of namespaces",
-        kubernetes::watch_namespaces(client.clone(), all_namespaces, updates.clone()),
+        kubernetes::watch_namespaces(
+            client.clone(),
+            all_namespaces,
+            updates.clone(),
+            metrics.clone(),
+        ),
     );
-    let (events, publisher) = Events::to_pods(client, node);
+    let (events, publisher) = Events::to_pods(client, node, level, metrics.clone());
     watchers.spawn("the publisher of Events", publisher);
     Ok(events)
 }

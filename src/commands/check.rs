@@ -1,6 +1,15 @@
 //! `kube-lxcfs check`: the prerequisites of this node, each with a fix. Reads only.
 
-use std::{fmt, path::Path, process::ExitCode, time::Duration};
+mod host;
+
+use std::{
+    convert::Infallible,
+    fmt, io,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Result;
 use serde::Serialize;
@@ -8,16 +17,17 @@ use serde::Serialize;
 use super::output::print;
 use crate::{
     args::{Common, Output},
-    lxcfs,
+    lxcfs::{self, Finder},
     mount::Workers,
     runtime::{
         cgroup::CgroupVersion,
-        cri::{CriClient, Version},
+        cri::{CriClient, Version, existing_endpoints},
     },
     sys::{
         host_root::{self, HostRoot},
         syscalls::{self, Purpose},
     },
+    telemetry::metrics::Metrics,
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -30,6 +40,16 @@ enum Verdict {
     Fail,
 }
 
+impl Verdict {
+    fn name(self) -> &'static str {
+        match self {
+            Verdict::Ok => "ok",
+            Verdict::Warn => "warn",
+            Verdict::Fail => "fail",
+        }
+    }
+}
+
 /// One line of `kube-lxcfs check`.
 #[derive(Clone, Debug, Serialize)]
 struct Check {
@@ -40,12 +60,7 @@ struct Check {
 
 impl fmt::Display for Check {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let verdict = match self.verdict {
-            Verdict::Ok => "ok",
-            Verdict::Warn => "warn",
-            Verdict::Fail => "fail",
-        };
-        write!(f, "{verdict:4}  {:13}  {}", self.name, self.detail)
+        write!(f, "{:4}  {:14}  {}", self.verdict.name(), self.name, self.detail)
     }
 }
 
@@ -87,17 +102,107 @@ pub(super) fn require_capabilities() -> Result<(), MissingCapability> {
 }
 
 pub(super) async fn run(common: Common, nri_socket: &Path, output: Output) -> Result<ExitCode> {
-    let cri = CriClient::new(common.cri_endpoint, common.host_root.clone());
-    let nri = nri(&common.host_root, nri_socket).await;
-    let mut checks = all(&common.lxcfs_path, &cri, nri).await;
-    checks.push(selinux_of_node(&common.host_root));
+    let node = Node {
+        cri: Some(CriClient::new(common.cri_endpoint, common.host_root.clone())),
+        finder: Finder::new(&common.lxcfs_path),
+        workers: Workers::start(1, Duration::from_secs(2)),
+        host_root: common.host_root,
+        nri_socket: nri_socket.to_owned(),
+        passive: false,
+    };
+    let checks = node.all().await;
     print(output, &checks, || checks.iter().map(ToString::to_string).collect())?;
     let failed = checks.iter().any(|c| c.verdict == Verdict::Fail);
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-async fn all(lxcfs_path: &Path, cri: &CriClient, nri: Check) -> Vec<Check> {
-    let mut checks = vec![
+/// What the checks of a node need.
+#[derive(Debug)]
+pub(super) struct Node {
+    /// `None` if CRI is not used.
+    pub(super) cri: Option<CriClient>,
+    pub(super) finder: Finder,
+    pub(super) workers: io::Result<Workers>,
+    pub(super) host_root: HostRoot,
+    pub(super) nri_socket: PathBuf,
+    /// Connect neither to NRI nor to the API server: metrics of the agent show both.
+    pub(super) passive: bool,
+}
+
+/// The interval of the agent's checks.
+const INTERVAL: Duration = Duration::from_secs(600);
+
+impl Node {
+    /// Records the verdicts again and again.
+    pub(super) async fn record(self, metrics: Arc<Metrics>) -> Infallible {
+        let mut interval = tokio::time::interval(INTERVAL);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            interval.tick().await;
+            let checks = self.all().await;
+            for Check { name, verdict, detail } in &checks {
+                tracing::debug!(check = name, ?verdict, detail, "node checked");
+            }
+            metrics.set_checks(checks.iter().map(|check| (check.name, check.verdict.name())));
+        }
+    }
+
+    async fn all(&self) -> Vec<Check> {
+        let Node { cri, finder, workers, host_root, nri_socket, passive } = self;
+        let mut checks = own();
+        let host = host_root.clone();
+        // The scan of the processes blocks.
+        let blocking = move || {
+            let mut checks = vec![host_pids()];
+            checks.extend(host::kernel(&host));
+            checks.push(selinux_of_node(&host));
+            checks
+        };
+        let kernel = tokio::task::spawn_blocking(blocking);
+        checks.push(serving(finder, workers).await);
+        if let Some(cri) = cri {
+            checks.push(runtime(cri).await);
+        }
+        if !passive {
+            checks.push(nri(host_root, nri_socket).await);
+        }
+        checks.push(sockets(&existing_endpoints(host_root)));
+        checks.push(cgroups());
+        checks.extend(kernel.await.unwrap_or_default());
+        if !passive {
+            checks.extend(api_server().await);
+        }
+        checks
+    }
+}
+
+/// Whether the runtime responds over CRI.
+async fn runtime(cri: &CriClient) -> Check {
+    match cri.version().await {
+        Ok(Version { endpoint, name, version }) => {
+            ok("cri", format!("{name} {version} at {}", endpoint.display()))
+        }
+        Err(e) => warn(
+            "cri",
+            format!("{e}; pids are resolved from /proc, and --pods-from cri does not work"),
+        ),
+    }
+}
+
+/// The sockets of runtimes on the node.
+fn sockets(found: &[&Path]) -> Check {
+    const NAME: &str = "sockets";
+    let paths: Vec<String> = found.iter().map(|path| path.display().to_string()).collect();
+    if paths.is_empty() {
+        warn(NAME, "no usual CRI socket exists on the node; set --cri-endpoint, or --host-root")
+    } else {
+        ok(NAME, paths.join(", "))
+    }
+}
+
+/// The checks of this process and of the kernel's system calls.
+fn own() -> Vec<Check> {
+    vec![
         match syscalls::verify_syscalls(Purpose::Mount) {
             Ok(()) if syscalls::has_mount_setattr() => {
                 ok("kernel", "has all mount system calls (5.12 or later)")
@@ -122,22 +227,7 @@ async fn all(lxcfs_path: &Path, cri: &CriClient, nri: Check) -> Vec<Check> {
             Ok(()) => ok("capabilities", "complete"),
             Err(e) => fail("capabilities", e),
         },
-        host_pids(),
-        serving(lxcfs_path).await,
-    ];
-    checks.push(match cri.version().await {
-        Ok(Version { endpoint, name, version }) => {
-            ok("cri", format!("{name} {version} at {}", endpoint.display()))
-        }
-        Err(e) => warn(
-            "cri",
-            format!("{e}; pids are resolved from /proc, and --pods-from cri does not work"),
-        ),
-    });
-    checks.push(nri);
-    checks.push(cgroups());
-    checks.push(api_server().await);
-    checks
+    ]
 }
 
 async fn nri(host_root: &HostRoot, socket: &Path) -> Check {
@@ -154,8 +244,9 @@ async fn nri(host_root: &HostRoot, socket: &Path) -> Check {
     }
 }
 
-async fn serving(path: &Path) -> Check {
-    let workers = match Workers::start(1, Duration::from_secs(2)) {
+async fn serving(finder: &Finder, workers: &io::Result<Workers>) -> Check {
+    let path = finder.path();
+    let workers = match workers {
         Ok(workers) => workers,
         Err(e) => {
             return fail(
@@ -164,7 +255,7 @@ async fn serving(path: &Path) -> Check {
             );
         }
     };
-    match lxcfs::find(&workers, path).await {
+    match finder.find(workers).await {
         Ok(lxcfs) => {
             let version = lxcfs::version_at(path);
             // The search of the processes blocks.
@@ -309,24 +400,31 @@ fn cgroups() -> Check {
     }
 }
 
-async fn api_server() -> Check {
+/// Whether the API server responds, and what it says of this process's namespace.
+async fn api_server() -> Vec<Check> {
     const NAME: &str = "api server";
     let client = match kube::Client::try_default().await {
         Ok(client) => client,
         Err(e) => {
             let e = e.to_string().replace('\n', " ");
-            return warn(
+            return vec![warn(
                 NAME,
                 format!(
                     "not configured ({e}); set KUBECONFIG, needed only for --pods-from kubernetes"
                 ),
-            );
+            )];
         }
     };
-    match tokio::time::timeout(Duration::from_secs(5), client.apiserver_version()).await {
-        Ok(Ok(version)) => ok(NAME, version.git_version),
-        Ok(Err(e)) => warn(NAME, format!("request failed: {e}; check its address in KUBECONFIG")),
-        Err(_) => warn(NAME, "timed out after 5 s; check its address in KUBECONFIG"),
+    let responds = async {
+        let version = client.apiserver_version().await?;
+        Ok::<_, kube::Error>((version, host::pod_security(&client).await))
+    };
+    match tokio::time::timeout(Duration::from_secs(5), responds).await {
+        Ok(Ok((version, pod_security))) => vec![ok(NAME, version.git_version), pod_security],
+        Ok(Err(e)) => {
+            vec![warn(NAME, format!("request failed: {e}; check its address in KUBECONFIG"))]
+        }
+        Err(_) => vec![warn(NAME, "timed out after 5 s; check its address in KUBECONFIG")],
     }
 }
 

@@ -20,6 +20,7 @@ use crate::{
     model::view::ViewFile,
     mount::{LxcfsFiles, WorkError, Workers, observe::LXCFS_FSTYPE},
     sys::mountinfo::{Dev, MountId, MountTable},
+    telemetry::metrics::Metrics,
 };
 
 /// The interval between the searches of [`wait_until_serving`].
@@ -60,6 +61,8 @@ pub struct Finder {
     path: PathBuf,
     pending: Arc<Mutex<Option<PendingProbe>>>,
     known: Arc<KnownLxcfs>,
+    /// Where the duration of each search is recorded.
+    metrics: Option<Arc<Metrics>>,
 }
 
 /// A mount that is one of lxcfs, and not writable, as the mount table showed: it is not read again
@@ -76,7 +79,17 @@ struct PendingProbe {
 
 impl Finder {
     pub fn new(path: &Path) -> Finder {
-        Finder { path: path.to_owned(), pending: Arc::default(), known: Arc::default() }
+        Finder {
+            path: path.to_owned(),
+            pending: Arc::default(),
+            known: Arc::default(),
+            metrics: None,
+        }
+    }
+
+    /// Records the duration of each search.
+    pub fn with_metrics(self, metrics: Arc<Metrics>) -> Finder {
+        Finder { metrics: Some(metrics), ..self }
     }
 
     pub fn path(&self) -> &Path {
@@ -93,8 +106,12 @@ impl Finder {
                 return Err(Error::Hung { path: self.path.clone(), timeout: probe.timeout });
             }
         }
-        let (path, known) = (self.path.clone(), self.known.clone());
-        let timed_out = match workers.run(move |_| open(&path, &known)).await {
+        let (path, known, started) = (self.path.clone(), self.known.clone(), Instant::now());
+        let searched = workers.run(move |_| open(&path, &known)).await;
+        if let Some(metrics) = &self.metrics {
+            metrics.lxcfs_probed(started.elapsed());
+        }
+        let timed_out = match searched {
             Ok(found) => {
                 *self.pending() = None;
                 return found.map(Arc::new);

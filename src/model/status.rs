@@ -24,6 +24,36 @@ impl ContainerState {
         [Self::Injected, Self::Pending, Self::Failed, Self::Skipped];
 }
 
+/// The reason why a container with a desired view has none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FailureReason {
+    /// Its pod's annotations, or the label of its namespace, are invalid.
+    InvalidAnnotation,
+    /// It cannot have a view, for example because it has its own kernel.
+    #[serde(rename = "unsupported_runtime")]
+    Unsupported,
+    /// Every desired file was skipped.
+    FilesSkipped,
+    /// No lxcfs serves.
+    NoLxcfs,
+    /// The operation missed its deadline.
+    TimedOut,
+    /// A step of the operation failed.
+    StepFailed,
+}
+
+impl FailureReason {
+    pub const ALL: [FailureReason; 6] = [
+        Self::InvalidAnnotation,
+        Self::Unsupported,
+        Self::FilesSkipped,
+        Self::NoLxcfs,
+        Self::TimedOut,
+        Self::StepFailed,
+    ];
+}
+
 /// A kind of change of a container's view.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Operation {
@@ -50,6 +80,8 @@ pub struct DesiredStatus {
     pub state: ContainerState,
     /// The reason why it has no view, or only a part of it.
     pub why: Option<String>,
+    /// The same, as a label.
+    pub reason: Option<FailureReason>,
 }
 
 /// The agent's state at one moment.

@@ -37,6 +37,14 @@ impl CgroupVersion {
             CgroupVersion::V1
         }
     }
+
+    /// Its label in metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            CgroupVersion::V1 => "v1",
+            CgroupVersion::V2 => "v2",
+        }
+    }
 }
 
 /// Finds the first processes of containers by a scan of `/proc`. Concurrent callers share one scan.

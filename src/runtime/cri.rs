@@ -109,6 +109,12 @@ pub struct CriClient {
     connection: Arc<Mutex<Option<Connection>>>,
 }
 
+/// The usual sockets that exist in `host_root`, whether a runtime listens or not.
+pub fn existing_endpoints(host_root: &HostRoot) -> Vec<&'static Path> {
+    let paths = DEFAULT_ENDPOINTS.into_iter().map(Path::new);
+    paths.filter(|path| host_root.open(path).is_ok()).collect()
+}
+
 impl CriClient {
     /// Sockets are looked up in `host_root`. Without an endpoint, the first of the usual ones whose
     /// runtime has pods is used, else the first that responds.

@@ -5,6 +5,7 @@
 
 use std::{
     collections::HashMap,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -20,7 +21,10 @@ use crate::{
         pod::{Annotations, Container, Pod, StartedContainer, Trigger, Update},
     },
     runtime::cri::{CriClient, Error, NextEvent},
-    telemetry::{Backoff, OutageLog},
+    telemetry::{
+        Backoff, OutageLog,
+        metrics::{Metrics, Watched},
+    },
 };
 
 /// The interval between lists of the pod sandboxes.
@@ -35,7 +39,7 @@ const LIST_RETRY: Backoff = Backoff::new(Duration::from_secs(1), LIST_INTERVAL);
 const EVENTS_RETRY: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(30));
 
 /// Lists the pod sandboxes periodically until the receiver is dropped.
-pub async fn watch(cri: CriClient, updates: Sender<Update>) {
+pub async fn watch(cri: CriClient, updates: Sender<Update>, metrics: Arc<Metrics>) {
     let mut outage = OutageLog::new("pods");
     let mut delays = LIST_RETRY.start();
     let mut intervals = list_intervals();
@@ -50,6 +54,7 @@ pub async fn watch(cri: CriClient, updates: Sender<Update>) {
                 tokio::time::sleep(intervals.next().unwrap_or(LIST_INTERVAL)).await;
             }
             Err(e) => {
+                metrics.watch_failed(Watched::Pods);
                 outage.failed("failed to list pods from the runtime", &e);
                 // The events were interrupted too.
                 intervals = list_intervals();

@@ -33,7 +33,10 @@ use crate::{
         pod::{Annotations, Container, INJECT_KEY, Namespace, Pod, Update},
         selector::Labels,
     },
-    telemetry::{Backoff, Delays, OutageLog},
+    telemetry::{
+        Backoff, Delays, OutageLog,
+        metrics::{Metrics, Watched},
+    },
 };
 
 /// The window in which a failed request is repeated, or a watch that ended early is resumed. When
@@ -47,40 +50,46 @@ const WATCH_TIMEOUT: u32 = 290;
 const TIMEOUT_MARGIN: Duration = Duration::from_secs(10);
 
 /// Watches the pods of `node` until the receiver is dropped.
-pub async fn watch_pods(client: Client, node: String, updates: Sender<Update>) {
+pub async fn watch_pods(
+    client: Client,
+    node: String,
+    updates: Sender<Update>,
+    metrics: Arc<Metrics>,
+) {
     let api: Api<SlimPod> = Api::all(spread_reconnects(client, tokio::time::sleep));
     let config = cached_lists().fields(&format!("spec.nodeName={node}"));
     let stream = watcher::watcher(api, config);
     let kinds = UpdateKinds {
+        source: Watched::Pods,
         replaced: Update::PodsReplaced,
         applied: Update::PodApplied,
         deleted: Update::PodDeleted,
     };
-    forward("pods", stream, |pod| Some(into_pod(pod)), |pod| pod.uid.clone(), kinds, updates).await;
+    let key = |pod: &Pod| pod.uid.clone();
+    forward(stream, |pod| Some(into_pod(pod)), key, kinds, updates, &metrics).await;
 }
 
 /// Watches the labels of namespaces until the receiver is dropped: of those with the label
 /// [`INJECT_KEY`], or of `all`.
-pub async fn watch_namespaces(client: Client, all: bool, updates: Sender<Update>) {
+pub async fn watch_namespaces(
+    client: Client,
+    all: bool,
+    updates: Sender<Update>,
+    metrics: Arc<Metrics>,
+) {
     let client = spread_reconnects(client, tokio::time::sleep);
     let api: Api<PartialObjectMeta<core::Namespace>> = Api::all(client);
     // To a watch that selects by the label, a namespace that loses it appears as deleted.
     let config = if all { cached_lists() } else { cached_lists().labels(INJECT_KEY) };
     let stream = watcher::watcher(api, config);
     let kinds = UpdateKinds {
+        source: Watched::Namespaces,
         replaced: Update::NamespacesReplaced,
         applied: Update::NamespaceApplied,
         deleted: Update::NamespaceDeleted,
     };
-    forward(
-        "namespaces",
-        stream,
-        into_namespace,
-        |namespace| namespace.name.clone(),
-        kinds,
-        updates,
-    )
-    .await;
+    let key = |namespace: &Namespace| namespace.name.clone();
+    forward(stream, into_namespace, key, kinds, updates, &metrics).await;
 }
 
 /// Lists come from the API server's cache. They have no pages: kube omits `resourceVersion=0` from
@@ -141,6 +150,7 @@ impl Reconnects {
 
 /// The updates of one kind of object.
 struct UpdateKinds<T> {
+    source: Watched,
     replaced: fn(Vec<T>) -> Update,
     applied: fn(T) -> Update,
     deleted: fn(String) -> Update,
@@ -179,15 +189,16 @@ impl Retries {
     }
 }
 
-/// Forwards the events of a watch as updates. `subject` names the kind of object in the log.
+/// Forwards the events of a watch as updates.
 async fn forward<K: Send + 'static, T>(
-    subject: &'static str,
     stream: impl Stream<Item = watcher::Result<Event<K>>>,
     convert: impl Fn(K) -> Option<T>,
     key: impl Fn(&T) -> String,
     kinds: UpdateKinds<T>,
     updates: Sender<Update>,
+    metrics: &Metrics,
 ) {
+    let subject = kinds.source.name();
     let mut stream = pin!(stream);
     let mut listed = Vec::new();
     let mut outage = OutageLog::new(subject);
@@ -214,6 +225,7 @@ async fn forward<K: Send + 'static, T>(
                 }
             }
             Err(e) => {
+                metrics.watch_failed(kinds.source);
                 outage.failed(&format!("failed to watch {subject} at the API server"), &e);
                 tokio::time::sleep(retries.delay(&e, Instant::now())).await;
                 None
@@ -408,6 +420,8 @@ fn into_pod(pod: SlimPod) -> Pod {
 mod tests {
     use axum::http::Response;
 
+    use crate::telemetry::metrics::exposition::Format;
+
     use super::*;
 
     /// A pod as a 1.33 API server returns it. Of its init containers one has exited and one is a
@@ -475,16 +489,37 @@ mod tests {
 
     #[tokio::test]
     async fn lists_are_requested_from_cache() {
-        let pods = first_request(|client, updates| watch_pods(client, "n".into(), updates)).await;
-        let labelled = first_request(|client, updates| watch_namespaces(client, false, updates));
-        let all = first_request(|client, updates| watch_namespaces(client, true, updates));
-        let (labelled, all) = (labelled.await, all.await);
+        let metrics = || Arc::<Metrics>::default();
+        let pods =
+            first_request(|client, updates| watch_pods(client, "n".into(), updates, metrics()));
+        let labelled =
+            first_request(|client, updates| watch_namespaces(client, false, updates, metrics()));
+        let all =
+            first_request(|client, updates| watch_namespaces(client, true, updates, metrics()));
+        let (pods, labelled, all) = (pods.await, labelled.await, all.await);
         assert!(labelled.contains("labelSelector="), "{labelled}");
         assert!(!all.contains("labelSelector="), "{all}");
         for request in [pods, labelled, all] {
             let is_cached = request.contains("resourceVersion=0") && !request.contains("limit=");
             assert!(is_cached, "{request}");
         }
+    }
+
+    #[tokio::test]
+    async fn failed_list_is_counted() {
+        let service = tower::service_fn(|_: Request<Body>| {
+            let refused = Response::builder().status(500).body(Body::empty()).unwrap();
+            std::future::ready(Ok::<_, std::convert::Infallible>(refused))
+        });
+        let (updates, _receiver) = tokio::sync::mpsc::channel(8);
+        let metrics: Arc<Metrics> = Arc::default();
+        let client = Client::new(service, "default");
+        let watching = tokio::spawn(watch_namespaces(client, false, updates, metrics.clone()));
+        let counted = "kube_lxcfs_watch_errors_total{source=\"namespaces\"} 1";
+        while !metrics.text(Format::Prometheus).contains(counted) {
+            tokio::task::yield_now().await;
+        }
+        watching.abort();
     }
 
     #[test]

@@ -22,6 +22,7 @@ use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::ExitStatus,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -43,7 +44,10 @@ use crate::{
     node,
     runtime::cgroup::CgroupVersion,
     sys::mountinfo::Dev,
-    telemetry::Backoff,
+    telemetry::{
+        Backoff,
+        metrics::supervisor::{RestartCause, SupervisorMetrics},
+    },
 };
 
 /// Most of the cost of a detach is waiting for RCU, so many threads sweep concurrently, for any
@@ -75,6 +79,7 @@ pub struct Supervisor {
     pub args: Vec<OsString>,
     /// An lxcfs that does not respond for this time is killed.
     pub watchdog: Duration,
+    pub metrics: Arc<SupervisorMetrics>,
 }
 
 /// The reason why lxcfs cannot be run.
@@ -186,18 +191,20 @@ impl Supervisor {
                 Ok(identity) => {
                     let (dev, elapsed) = (identity.dev, started.elapsed());
                     tracing::info!(lxcfs = "serving", %dev, ?elapsed, "lxcfs serves");
+                    self.metrics.set_up(true);
                     let held = hold(&self.path, dev);
                     predecessors.replace(&self.path, &pools.sweepers, &pools.probe_workers).await;
                     let reason = self
                         .serve(&mut child, identity, &pools, &mut mount_table, &mut signals)
                         .await;
+                    self.metrics.set_up(false);
                     self.stop_serving(&mut child, dev, &reason);
                     match held {
                         // Its views are dead, and must not keep the next lxcfs from serving.
                         Some(held)
                             if matches!(reason, ExitReason::Exited(_) | ExitReason::Hung) =>
                         {
-                            sweep_beside(sweeps, &pools.sweepers, dev, held).await;
+                            self.sweep_beside(sweeps, &pools.sweepers, dev, held).await;
                         }
                         _ => {
                             self.sweep_before_exit(&mut child, dev, &reason, &pools.sweepers).await;
@@ -220,6 +227,11 @@ impl Supervisor {
             if let ExitReason::Shutdown = reason {
                 return Ok(());
             }
+            self.metrics.restarted(match reason {
+                ExitReason::Exited(_) => RestartCause::Exited,
+                ExitReason::Hung => RestartCause::Hung,
+                ExitReason::Unmounted | ExitReason::Shutdown => RestartCause::Unmounted,
+            });
             failures = if started.elapsed() >= BACKOFF_RESET { 0 } else { failures + 1 };
             let delay = restart_delay(failures);
             tracing::info!(?delay, "restarting lxcfs");
@@ -334,15 +346,37 @@ impl Supervisor {
         reason: &ExitReason,
         sweepers: &Workers,
     ) {
-        sweep(sweepers, dev).await;
+        sweep(sweepers, dev, &self.metrics).await;
         if matches!(reason, ExitReason::Shutdown | ExitReason::Unmounted) {
             tokio::time::sleep(DRAIN).await;
         }
         if let ExitReason::Shutdown = reason {
             child::terminate(child).await;
             // An injection that was in progress at the first sweep has finished by now.
-            sweep(sweepers, dev).await;
+            sweep(sweepers, dev, &self.metrics).await;
         }
+    }
+
+    /// Sweeps the views of an lxcfs that has exited, beside the next one. Until then its device
+    /// number stays its own.
+    async fn sweep_beside(
+        &self,
+        sweeps: &mut JoinSet<()>,
+        sweepers: &Workers,
+        dev: Dev,
+        held: OwnedFd,
+    ) {
+        while sweeps.try_join_next().is_some() {}
+        if sweeps.len() >= MAX_SWEEPS {
+            sweeps.join_next().await;
+        }
+        let (sweepers, metrics) = (sweepers.clone(), self.metrics.clone());
+        sweeps.spawn(async move {
+            sweep(&sweepers, dev, &metrics).await;
+            drop(held);
+        });
+        // It starts before lxcfs does.
+        tokio::task::yield_now().await;
     }
 
     /// Removes the pid file, and the volume if no other pod uses it.
@@ -364,24 +398,11 @@ fn detach(path: &Path) -> rustix::io::Result<()> {
     rustix::mount::unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW)
 }
 
-async fn sweep(sweepers: &Workers, dev: Dev) {
-    node::log_sweep(&node::sweep(sweepers, HashSet::from([dev])).await);
-}
-
-/// Sweeps the views of an lxcfs that has exited, beside the next one. Until then its device number
-/// stays its own.
-async fn sweep_beside(sweeps: &mut JoinSet<()>, sweepers: &Workers, dev: Dev, held: OwnedFd) {
-    while sweeps.try_join_next().is_some() {}
-    if sweeps.len() >= MAX_SWEEPS {
-        sweeps.join_next().await;
-    }
-    let sweepers = sweepers.clone();
-    sweeps.spawn(async move {
-        sweep(&sweepers, dev).await;
-        drop(held);
-    });
-    // It starts before lxcfs does.
-    tokio::task::yield_now().await;
+async fn sweep(sweepers: &Workers, dev: Dev, metrics: &SupervisorMetrics) {
+    let swept = node::sweep(sweepers, HashSet::from([dev])).await;
+    node::log_sweep(&swept);
+    // A sweep that failed as a whole counts as one failure.
+    metrics.swept(swept.map_or(1, |summary| summary.failed));
 }
 
 /// Holds the lxcfs with this device at the serving path, if it is mounted there. Sends it no

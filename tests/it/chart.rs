@@ -22,7 +22,7 @@ fn helm(args: &[&str]) -> Output {
     std::process::Command::new(helm).args(args).current_dir(repository("")).output().unwrap()
 }
 
-fn template(more: &[&str]) -> Output {
+pub(crate) fn template(more: &[&str]) -> Output {
     helm(
         &[
             &[
@@ -67,6 +67,22 @@ const CHANGED: &[&str] = &[
     "agent.appArmorProfile.type=Localhost,agent.appArmorProfile.localhostProfile=k",
     "agent.podsFrom=cri",
     "lxcfs.enabled=false,lxcfs.hostManagedPath=/srv/lxcfs",
+    "agent.events=warnings,lxcfs.port=9999",
+    "prometheusRule.enabled=true,prometheusRule.runbookUrl=https://a.example/runbook.md,\
+     prometheusRule.thresholds.agentAbsentFor=9m,\
+     prometheusRule.thresholds.downFor=9m,\
+     prometheusRule.thresholds.restarts=7,\
+     prometheusRule.thresholds.hungWorkers=7,\
+     prometheusRule.thresholds.hungWorkersFor=9m,\
+     prometheusRule.thresholds.deadViewsFor=9m,\
+     prometheusRule.thresholds.sweepFailures=7,\
+     prometheusRule.thresholds.invalidAnnotations=7,\
+     prometheusRule.thresholds.invalidAnnotationsFor=9m,\
+     prometheusRule.thresholds.failed=7,\
+     prometheusRule.thresholds.failedFor=9m,\
+     prometheusRule.thresholds.nriLostFor=9m,\
+     prometheusRule.thresholds.lateStarts=7,\
+     prometheusRule.thresholds.slowSeconds=7",
     "lxcfs.image.repository=r.example/l,lxcfs.image.tag=v1,lxcfs.watchdog=800ms,\
      lxcfs.args[0]=-o,lxcfs.updateStrategy.type=OnDelete,\
      lxcfs.updateStrategy.rollingUpdate=null",

@@ -58,7 +58,9 @@ fn metrics_status_and_readiness_match_the_node() {
         // Another lxcfs.
         lxcfs.signal_lxcfs(Signal::SIGKILL);
         eventually_true("the restart is counted", || metric("lxcfs_restarts_total") > 0.0);
-        eventually_true("the pass is measured", || metric("remount_pass_duration_seconds") > 0.0);
+        eventually_true("the pass is measured", || {
+            metric("remount_pass_duration_seconds_sum") > 0.0
+        });
         is("containers{state=\"injected\"}", 1);
         has_views("the reader", reader.pid(), ALWAYS.len());
         assert_eq!(get(&agent, "/nothing").0, 404);

@@ -231,7 +231,24 @@ fn namespace_label_is_the_default_of_its_pods() {
         node.relabel("later", json!("false"));
         node.has(&later.containers["app"], 0);
         node.relabel("in", json!("maybe"));
-        node.reasons("in", "a", &["LxcfsInjected", "LxcfsRemoved", "LxcfsInvalidAnnotation"]);
+        // One Event on the namespace, however many pods and agents notice the label.
+        let of_namespace = || node.events("kube-system", "in");
+        eventually("the Event on the namespace", || match of_namespace() {
+            events if events.len() == 1 => Ok(()),
+            events => Err(format!("{events:?}")),
+        });
+        let (reason, note) = of_namespace().remove(0);
+        assert_eq!(reason, "LxcfsInvalidAnnotation");
+        assert!(note.contains("invalid namespace label") && note.contains("maybe"), "{note}");
+        let other = node.agent(&[]);
+        ready(&other);
+        let noticed = || other.logged(&[("namespace", "in"), ("message", "namespace event")]);
+        eventually_true("the other agent notices the label", || noticed() == 1);
+        // Its queue is in order: the Event of this pod follows that of the namespace.
+        node.pod("in", "c", json!({"kube-lxcfs.io/inject": "rubbish"}), &["app"]);
+        eventually_true("the pod has its Events", || node.events("in", "c").len() == 2);
+        assert_eq!(of_namespace().len(), 1);
+        node.reasons("in", "a", &["LxcfsInjected", "LxcfsRemoved"]);
         node.has(&out.containers["app"], 0);
         assert!(node.events("in", "b").is_empty());
     });

@@ -22,6 +22,7 @@ mod http;
 mod isolation;
 mod kubectl;
 mod kubernetes;
+mod observability;
 mod profiles;
 mod restart;
 mod scratch;

@@ -123,7 +123,9 @@ fn version_of_a_supervised_lxcfs_is_shown() {
         let source = format!("noexec,noatime - fuse.lxcfs lxcfs-{version} ");
         let table = node.readers[0].mountinfo();
         assert_eq!(table.matches(&source).count(), ALWAYS.len(), "{table}");
-        let info = format!("lxcfs_info{{version=\"{version}\"}}");
+        let is_v2 = std::path::Path::new("/sys/fs/cgroup/cgroup.controllers").exists();
+        let cgroup = if is_v2 { "v2" } else { "v1" };
+        let info = format!("lxcfs_info{{version=\"{version}\",cgroup=\"{cgroup}\"}}");
         assert!((metric(&node.agent, &info) - 1.0).abs() < f64::EPSILON);
         let check = run(&["check", "--lxcfs-path", node.lxcfs.path()]);
         let shown = format!("version {version} serves");

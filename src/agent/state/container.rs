@@ -8,7 +8,7 @@ use crate::{
     model::container_id::ContainerId,
     model::{
         pod::{Pod, Trigger},
-        status::{ContainerState, ContainerStatus, DesiredStatus},
+        status::{ContainerState, ContainerStatus, DesiredStatus, FailureReason},
         view::FileSet,
     },
     plan::{DesiredView, SkipReason, Step},
@@ -35,7 +35,7 @@ pub(super) struct Container {
     /// The number of retries so far, and the time of the next.
     pub(super) retry: Option<(u32, Instant)>,
     /// The last error that an event reported, so that retries do not repeat it.
-    pub(super) reported_error: Option<String>,
+    pub(super) reported_error: Option<(FailureReason, String)>,
     /// Its first process, where the runtime reported it.
     pub(super) pid: Option<i64>,
     /// The source that first reported the desired view, and when; until the view is injected.
@@ -113,12 +113,10 @@ impl Container {
                 }
                 if matches!(desired, DesiredView::Exactly(_)) && view.is_empty() {
                     let skipped: Vec<String> = skipped.iter().map(describe_skipped).collect();
-                    self.report_error(
-                        format!("no view file was injected; skipped: {}", skipped.join(", ")),
-                        |c, why| {
-                            report.add_failed(c, why);
-                        },
-                    );
+                    let why = format!("no view file was injected; skipped: {}", skipped.join(", "));
+                    self.report_error(FailureReason::FilesSkipped, why, |c, why| {
+                        report.add_failed(c, why);
+                    });
                 } else {
                     self.reported_error = None;
                     if !skipped.is_empty() {
@@ -135,25 +133,31 @@ impl Container {
                 report.add_steps(&self.name, &done);
                 // Outdated facts may be the cause, for example an lxcfs that exited in between.
                 if !dirty {
-                    self.report_error(why, |c, why| report.add_failed(c, why));
+                    self.report_error(FailureReason::StepFailed, why, |c, why| {
+                        report.add_failed(c, why);
+                    });
                 }
                 self.schedule_retry(now);
             }
             Completion::TimedOut { why } => {
-                self.report_error(why, |c, why| report.add_failed(c, why));
+                self.report_error(FailureReason::TimedOut, why, |c, why| report.add_failed(c, why));
                 return None;
             }
             Completion::NotRunning => self.schedule_retry(now),
             Completion::NoLxcfs => {
                 if report_lxcfs && self.needs_lxcfs() && !dirty {
-                    self.report_error(NO_LXCFS.to_owned(), |c, why| report.add_failed(c, why));
+                    self.report_error(FailureReason::NoLxcfs, NO_LXCFS.to_owned(), |c, why| {
+                        report.add_failed(c, why);
+                    });
                 }
                 self.applied = None;
             }
             Completion::Unsupported { why } => {
                 // Without a desired view there is no failure to report.
                 if desired != DesiredView::Absent {
-                    self.report_error(why, |c, why| report.add_unsupported(c, why));
+                    self.report_error(FailureReason::Unsupported, why, |c, why| {
+                        report.add_unsupported(c, why);
+                    });
                 }
                 self.set_applied(desired);
             }
@@ -167,10 +171,15 @@ impl Container {
     }
 
     /// Reports an error unless it is the last one that was reported.
-    pub(super) fn report_error(&mut self, why: String, add: impl FnOnce(&str, String)) {
-        if self.reported_error.as_ref() != Some(&why) {
+    pub(super) fn report_error(
+        &mut self,
+        reason: FailureReason,
+        why: String,
+        add: impl FnOnce(&str, String),
+    ) {
+        if self.reported_error.as_ref().is_none_or(|(_, reported)| *reported != why) {
             add(&self.name, why.clone());
-            self.reported_error = Some(why);
+            self.reported_error = Some((reason, why));
         }
     }
 
@@ -195,12 +204,20 @@ impl Container {
                 (if files == FileSet::ALL { "all".to_owned() } else { files.to_string() }, state)
             }
         };
+        let reported = self.reported_error.as_ref();
+        let reason = match state {
+            ContainerState::Skipped | ContainerState::Failed => {
+                Some(reported.map_or(FailureReason::InvalidAnnotation, |(reason, _)| *reason))
+            }
+            ContainerState::Injected | ContainerState::Pending => None,
+        };
+        let why = reported.map(|(_, why)| why.clone());
         Some(ContainerStatus {
             namespace: pod.namespace.clone(),
             pod: pod.name.clone(),
             container: self.name.clone(),
             id: id.clone(),
-            desired: DesiredStatus { files, state, why: self.reported_error.clone() },
+            desired: DesiredStatus { files, state, why, reason },
         })
     }
 }

@@ -68,6 +68,24 @@ fn ids(operations: &[Operation]) -> Vec<String> {
 }
 
 #[test]
+fn invalid_label_is_reported_once_on_its_namespace() {
+    let now = Instant::now();
+    let pods = ["p", "q"].into_iter().zip([1, 2]);
+    let mut state = listed(pods.map(|(name, id)| pod(name, None, [Some(id), None])).collect());
+    let label = |state: &mut State, value: &str| {
+        state.update(Update::NamespaceApplied(labelled(value)), now);
+        state.take_namespace_events().into_iter().map(|e| e.value).collect::<Vec<_>>()
+    };
+    assert_eq!(label(&mut state, "yes"), ["yes"]);
+    state.update(Update::PodApplied(pod("r", None, [Some(3), None])), now);
+    assert_eq!(state.take_namespace_events(), []);
+    assert_eq!(state.take_events(), [], "not on the pods");
+    assert_eq!(label(&mut state, "no"), ["no"]);
+    assert_eq!(label(&mut state, "true"), [""; 0]);
+    assert_eq!(label(&mut state, "no"), ["no"]);
+}
+
+#[test]
 fn decisions_wait_for_pods_and_namespaces() {
     let now = Instant::now();
     let mut state = State::new(StateConfig { has_namespaces: true, ..StateConfig::default() });

@@ -13,6 +13,7 @@ use std::{
     io,
     os::fd::OwnedFd,
     path::PathBuf,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -35,7 +36,7 @@ use crate::{
         self,
         host_root::{self, HostRoot},
     },
-    telemetry::{Backoff, OutageLog},
+    telemetry::{Backoff, OutageLog, metrics::Metrics},
 };
 
 /// The usual socket of the runtime for plugins.
@@ -101,6 +102,7 @@ pub struct BlockedStart {
 pub struct Outputs {
     pub starts: mpsc::Sender<BlockedStart>,
     pub updates: mpsc::Sender<Update>,
+    pub metrics: Arc<Metrics>,
 }
 
 /// A socket of the node.
@@ -124,6 +126,7 @@ pub async fn run(socket: &Socket, required: bool, outputs: Outputs) -> Result<()
         let started = Instant::now();
         let mut registered = false;
         let Err(error) = session(socket, &outputs, &mut registered, &mut outage).await;
+        outputs.metrics.set_nri_connected(false);
         if outputs.updates.is_closed() {
             return Ok(());
         }
@@ -223,6 +226,7 @@ async fn session(
                         *registered = true;
                         tracing::info!(nri = "registered", "NRI plugin registered");
                         outage.recovered("NRI is available again");
+                        outputs.metrics.set_nri_connected(true);
                     }
                 }
                 while let Some(message) = Message::decode(&mut calls)? {
@@ -277,6 +281,7 @@ mod tests {
         ttrpc::{ConfigureRequest, StateChangeEvent, SynchronizeRequest, event},
         *,
     };
+    use crate::telemetry::metrics::exposition::Format;
     use tokio::net::UnixStream;
 
     fn at(path: &std::path::Path) -> Socket {
@@ -380,7 +385,8 @@ mod tests {
         let socket = dir.path().join("nri.sock");
         let listener = tokio::net::UnixListener::bind(&socket).unwrap();
         let ((starts, blocked), (updates, _)) = (mpsc::channel(1), mpsc::channel(1));
-        tokio::spawn(async move { run(&at(&socket), true, Outputs { starts, updates }).await });
+        let outputs = Outputs { starts, updates, metrics: Arc::default() };
+        tokio::spawn(async move { run(&at(&socket), true, outputs).await });
         (Runtime::accept(&listener, request_timeout).await, blocked)
     }
 
@@ -419,8 +425,9 @@ mod tests {
         let socket = dir.path().join("nri.sock");
         let listener = tokio::net::UnixListener::bind(&socket).unwrap();
         let ((starts, mut blocked), (updates, mut received)) = (mpsc::channel(4), mpsc::channel(4));
-        let plugin =
-            tokio::spawn(async move { run(&at(&socket), true, Outputs { starts, updates }).await });
+        let metrics: Arc<Metrics> = Arc::default();
+        let outputs = Outputs { starts, updates, metrics: metrics.clone() };
+        let plugin = tokio::spawn(async move { run(&at(&socket), true, outputs).await });
         let mut runtime = Runtime::accept(&listener, 600).await;
         for (method, payload) in [start("StateChange"), start("StartContainer")] {
             runtime.calls += 2;
@@ -456,6 +463,8 @@ mod tests {
             runtime.reply().await;
             assert!(started.elapsed() >= Duration::from_millis(250), "{:?}", started.elapsed());
         }
+        let text = metrics.text(Format::Prometheus);
+        assert!(text.contains("kube_lxcfs_nri_connected 1\n"), "{text}");
         // Unknown calls are no errors. The containers that exist come in parts.
         runtime.call("PostStartSomething", &ConfigureRequest::default()).await;
         runtime.reply().await;

@@ -42,13 +42,19 @@ pub(crate) fn get(agent: &Running, path: &str) -> (u16, String) {
 
 /// The same, of the server at this address.
 pub(crate) fn get_from(address: &str, path: &str) -> (u16, String) {
+    let (head, body) = response(address, path, "*/*");
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body)
+}
+
+/// The head, with all line ends, and the body of a response to a client that accepts these formats.
+pub(crate) fn response(address: &str, path: &str, accept: &str) -> (String, String) {
     let mut stream = std::net::TcpStream::connect(address).unwrap();
-    let request = format!("GET {path} HTTP/1.0\r\nHost: x\r\n\r\n");
+    let request = format!("GET {path} HTTP/1.0\r\nHost: x\r\nAccept: {accept}\r\n\r\n");
     std::io::Write::write_all(&mut stream, request.as_bytes()).unwrap();
     let mut response = String::new();
     stream.read_to_string(&mut response).unwrap();
     let (head, body) = response.split_once("\r\n\r\n").unwrap();
-    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+    (format!("{head}\r\n"), body.to_owned())
 }
 
 /// The value of a metric, given as `name{labels}`, without the prefix. 0 if it has no value yet.
