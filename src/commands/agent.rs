@@ -1,9 +1,9 @@
 //! `kube-lxcfs agent`: connects the sources, the agent's loop and the HTTP server.
 
-use std::{collections::HashMap, process::ExitCode, sync::Arc};
+use std::{collections::HashMap, net::SocketAddr, process::ExitCode, sync::Arc};
 
 use anyhow::{Context, Result, anyhow, bail};
-use tokio::{sync::mpsc, task::JoinSet};
+use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
 
 use super::{check, unsupported, workers};
 use crate::{
@@ -91,10 +91,7 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     }
     let version = env!("CARGO_PKG_VERSION");
     tracing::info!(version, lxcfs = %lxcfs_path.display(), "agent started");
-    let listener = admin::listen(args.listen).await.with_context(|| {
-        format!("failed to listen on {}; set --listen to another address", args.listen)
-    })?;
-    tracing::info!(http_address = %listener.local_addr().unwrap_or(args.listen), "serving HTTP");
+    let listener = listen(args.listen).await?;
     let app = AppState {
         snapshots: snapshots_tx,
         metrics: metrics.clone(),
@@ -175,6 +172,14 @@ async fn watch_api_server(
     let (events, publisher) = Events::to_pods(client, node, level, metrics.clone());
     watchers.spawn("the publisher of Events", publisher);
     Ok(events)
+}
+
+async fn listen(address: SocketAddr) -> Result<TcpListener> {
+    let listener = admin::listen(address).await.with_context(|| {
+        format!("failed to listen on {address}; set --listen to another address")
+    })?;
+    tracing::info!(http_address = %listener.local_addr().unwrap_or(address), "serving HTTP");
+    Ok(listener)
 }
 
 async fn run_nri(
