@@ -1,5 +1,5 @@
-//! Kubernetes Events on pods and namespaces (events.k8s.io/v1). Needs `create` on events. While the API server
-//! is unavailable they wait in a queue.
+//! Kubernetes Events on pods and namespaces (events.k8s.io/v1). Needs `create` on events. While the
+//! API server is unavailable they wait in a queue.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},

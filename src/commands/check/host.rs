@@ -86,8 +86,8 @@ fn lsm(modules: Option<&str>, profile: &str) -> Check {
         warn(
             NAME,
             format!(
-                "{modules}; the AppArmor profile {profile} may deny mounts; in a pod set Unconfined \
-                 (agent.appArmorProfile), or the profile of docs/profiles.md"
+                "{modules}; the AppArmor profile {profile} may deny mounts; in a pod set \
+                 Unconfined (agent.appArmorProfile), or the profile of docs/profiles.md"
             ),
         )
     } else {
