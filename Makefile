@@ -1,6 +1,7 @@
 # Every target installs what it needs from the distribution, by the scripts in hack/.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit e2e chaos fuzz bench programs pictures vm vm-all lint build image manifests
+.PHONY: help demo test test-unit e2e chaos fuzz bench programs pictures vm vm-all lint build \
+	image manifests
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
