@@ -350,7 +350,7 @@ metric() {
 injected() { [ "$(metric 'kube_lxcfs_containers{state="injected"}')" = "$1" ]; }
 all_ready() { http /readyz | awk '/^HTTP/ { n++; bad += $2 != 200 } END { exit !n || bad }'; }
 status_shows_desired_views() {
-    http /status | has -F '"desired":{"files":"all","state":"injected","why":null}'
+    http /status | has -F '"desired":{"files":"all","state":"injected","why":null,'
 }
 # watches_fail: whether the agent has logged an outage of a watch.
 watches_fail() {
