@@ -178,6 +178,8 @@ fn every_value_renders_valid_objects() {
             let file = file.to_str().unwrap();
             cluster.kubectl(&["apply", "--dry-run=server", "--validate=true", "-f", file]);
         }
+        // A dry run creates no namespace for the objects in it.
+        cluster.kubectl(&["create", "namespace", "kube-lxcfs"]);
         for example in fs::read_dir(repository("manifests/examples")).unwrap() {
             cluster.kubectl(&[
                 "apply",
