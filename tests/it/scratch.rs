@@ -24,6 +24,8 @@ use crate::{harness::*, restart::managed_devs};
 
 const POINT: &str = "/proc/tty/ldisc";
 const SOURCE: &str = "kube-lxcfs-scratch";
+/// The attempts without a pause to be in the moment in which a scratch mount exists.
+const ROUNDS: usize = 50;
 
 /// Watches mount tables until it is dropped.
 struct Watch<'a> {
@@ -119,7 +121,7 @@ fn detached_together_nothing_is_left() {
         watching(
             || target.mountinfo(),
             |seen| {
-                while !seen() {
+                let round = || {
                     assert_eq!(driver.inject(&target), ALWAYS.len());
                     assert_eq!(driver.remount(&target), ALWAYS.len());
                     let table = target.mountinfo();
@@ -130,7 +132,11 @@ fn detached_together_nothing_is_left() {
                     assert!(target.read("/proc/meminfo").contains("MemTotal"));
                     assert_eq!(driver.remove(&target), ALWAYS.len());
                     assert_eq!(target.mountinfo(), before);
-                }
+                    seen()
+                };
+                eventually_true("a reader of the table sees the scratch mount", || {
+                    (0..ROUNDS).any(|_| round())
+                });
             },
         );
     });
@@ -157,10 +163,12 @@ fn scratch_mount_cannot_be_written() {
                 None
             });
             let _watch = Watch { stop: &stop };
-            while !holder.is_finished() {
+            let round = || {
                 driver.inject(&target);
                 driver.remove(&target);
-            }
+                holder.is_finished()
+            };
+            eventually_true("the scratch mount is held", || (0..ROUNDS).any(|_| round()));
             let error = holder.join().unwrap().unwrap();
             assert_eq!(error, rustix::io::Errno::ROFS);
         });
