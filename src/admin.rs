@@ -306,7 +306,7 @@ fn worst_state(view: &ViewStatus) -> Option<metrics::ViewState> {
     })
 }
 
-/// A container with a view, or that wants one.
+/// A container with a view, or for which one is desired.
 #[derive(Debug, Serialize)]
 struct Row {
     #[serde(flatten)]
@@ -322,7 +322,7 @@ enum View {
     Absent { namespace: String, pod: String, container: String, id: ContainerId },
 }
 
-/// Joins the views with the desired ones, and adds the containers that want a view and have none.
+/// Joins the views with the desired ones, and adds the containers whose desired view is missing.
 fn rows(views: Vec<ViewStatus>, mut containers: Vec<ContainerStatus>) -> Vec<Row> {
     let mut rows: Vec<Row> = views
         .into_iter()

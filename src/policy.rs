@@ -45,8 +45,8 @@ pub struct Decision {
 impl Decision {
     /// Takes the view from containers that nest containers
     /// ([`crate::model::pod::Container::nests_containers`]): it would break the builds in them. The
-    /// pod's own annotation requests it nevertheless; a namespace's label and the default do not.
-    pub fn skip_nesting<'a>(
+    /// pod's own annotation requests it nevertheless; no other [`Rule`] does.
+    fn skip_nesting<'a>(
         &mut self,
         annotations: &Annotations,
         nesting: impl Iterator<Item = &'a str>,
@@ -107,7 +107,7 @@ fn rule_without_annotation(scope: &Scope, pod: &Pod, namespace_labels: Option<&L
 
 /// What decides about a pod without the annotation [`INJECT_KEY`]: the value of this label of its
 /// namespace if that decides, and the default otherwise.
-pub fn without_annotation<'a>(
+fn without_annotation<'a>(
     scope: &Scope,
     pod: &Pod,
     namespace_labels: Option<&'a Labels>,
@@ -123,9 +123,23 @@ pub fn without_annotation<'a>(
     }
 }
 
-/// Decides for one pod. `namespace_label` is the value of [`INJECT_KEY`] on its namespace,
-/// `default` that of [`without_annotation`], `containers` the names of all containers of the
-/// pod.
+/// Decides for one pod. `containers` are the names of all its containers.
+pub fn decide_for(
+    scope: &Scope,
+    pod: &Pod,
+    namespace_labels: Option<&Labels>,
+    containers: &[&str],
+) -> Decision {
+    let (label, default) = without_annotation(scope, pod, namespace_labels);
+    let mut decision = decide(&pod.annotations, label, default, containers);
+    let nesting = pod.containers.iter().filter(|c| c.nests_containers);
+    decision.skip_nesting(&pod.annotations, nesting.map(|c| c.name.as_str()));
+    decision
+}
+
+/// Decides by annotations, without the pod. `namespace_label` is the value of [`INJECT_KEY`]
+/// on its namespace, `default` whether it has a view without both, `containers` the names of all
+/// containers of the pod.
 ///
 /// The first of annotation, label and default that is set decides. A pod that opts out has no view,
 /// even if other annotations are invalid. Any other pod with an invalid value is left as it is

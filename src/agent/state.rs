@@ -270,10 +270,7 @@ impl State {
         names.sort_unstable();
         names.dedup();
         let of_namespace = self.namespace_labels.get(&pod.namespace);
-        let (label, default) = policy::without_annotation(&self.config.scope, pod, of_namespace);
-        let mut decision = policy::decide(&pod.annotations, label, default, &names);
-        let nests = pod.containers.iter().filter(|c| c.nests_containers);
-        decision.skip_nesting(&pod.annotations, nests.map(|c| c.name.as_str()));
+        let decision = policy::decide_for(&self.config.scope, pod, of_namespace, &names);
         if *seen_by_watch && *invalid != decision.invalid {
             let mut of_pod = Vec::new();
             for one in &decision.invalid {

@@ -110,7 +110,7 @@ impl Queued {
 }
 
 /// The reporting controller of every event.
-const CONTROLLER: &str = "kube-lxcfs";
+pub const CONTROLLER: &str = "kube-lxcfs";
 /// The namespace of events about objects without one. Version 1.20 refuses `default`.
 const CLUSTER_EVENTS: &str = "kube-system";
 /// The API's limit for an event's note, in bytes.

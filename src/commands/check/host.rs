@@ -121,7 +121,7 @@ fn rich_container(enabled: &str) -> Check {
     }
 }
 
-/// Asks the API server for the Pod Security level of the client's own namespace.
+/// Checks the Pod Security level of the client's own namespace.
 pub(super) async fn pod_security(client: &Client) -> Check {
     let name = client.default_namespace().to_owned();
     // The agent may list namespaces, but not get one. The cache of the API server suffices.

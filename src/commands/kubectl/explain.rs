@@ -28,10 +28,8 @@ use crate::{
     plan::DesiredView,
     policy::{self, Decision, Rule},
     sources::kubernetes,
+    telemetry::events::CONTROLLER,
 };
-
-/// The reporting controller of the agent's Events.
-const CONTROLLER: &str = "kube-lxcfs";
 
 #[derive(Debug, Serialize)]
 struct Explanation {
@@ -213,11 +211,10 @@ fn decide(
         return unknown(format!("unknown: failed to read the labels of the namespace: {why}"));
     }
     let names: Vec<&str> = pod.containers.iter().map(|c| c.name.as_str()).collect();
-    let (label, default) = policy::without_annotation(&scope, pod, labels.as_ref());
-    let mut decision = policy::decide(&pod.annotations, label, default, &names);
-    let nesting = pod.containers.iter().filter(|c| c.nests_containers);
-    decision.skip_nesting(&pod.annotations, nesting.map(|c| c.name.as_str()));
+    let decision = policy::decide_for(&scope, pod, labels.as_ref(), &names);
     let inject = pod.annotations.inject.as_deref().unwrap_or_default();
+    let label = labels.as_ref().and_then(|labels| labels.get(INJECT_KEY));
+    let label = label.map(String::as_str).unwrap_or_default();
     let (name, detail) = match rule {
         Rule::Annotation => {
             ("annotation", format!("annotation {INJECT_KEY} of the pod: {}", Quoted(inject)))
@@ -230,10 +227,9 @@ fn decide(
             "podSelector",
             "the labels of the pod match --pod-selector of the agent: a view".to_owned(),
         ),
-        Rule::NamespaceLabel => (
-            "namespaceLabel",
-            format!("label {INJECT_KEY} of the namespace: {}", Quoted(label.unwrap_or_default())),
-        ),
+        Rule::NamespaceLabel => {
+            ("namespaceLabel", format!("label {INJECT_KEY} of the namespace: {}", Quoted(label)))
+        }
         Rule::NamespaceSelector => (
             "namespaceSelector",
             "the labels of the namespace match --namespace-selector of the agent: a view"
