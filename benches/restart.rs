@@ -1,8 +1,9 @@
-//! What readers in 200 containers see when lxcfs is killed, ended in order, and replaced: 180 bare
+//! What readers in 200 containers see when lxcfs is killed, ended in order, and replaced: bare
 //! namespaces and 20 containers of a real containerd, pods of a real API server, an agent and a
 //! supervised lxcfs; and 50 readers of an lxcfs that hangs.
 //!
-//!     cargo bench --bench restart
+//!     cargo bench --bench restart              200 containers
+//!     cargo bench --bench restart -- 1000      more
 #![allow(
     clippy::unwrap_used,
     clippy::wildcard_imports,
@@ -23,11 +24,13 @@ use harness::*;
 use k8s_cri::v1 as cri;
 use nix::sys::signal::Signal;
 
-const BARE: usize = 180;
+/// How many containers without an argument, and how many of them are containerd's.
+const CONTAINERS: usize = 200;
 const REAL: usize = 20;
 const HUNG: usize = 50;
-/// Of each reader between two rounds; two files a round.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Of each reader between two rounds, two files a round, for each container: all readers together
+/// read 2,000 files a second. With more, they wait for lxcfs already before it is killed.
+const PAUSE: Duration = Duration::from_millis(1);
 
 struct Container {
     pid: i32,
@@ -47,7 +50,7 @@ struct Setup {
 }
 
 /// A pod whose container is a reader: its container's id, and where the reader writes what it saw.
-fn run_reader(containerd: &Containerd, name: &str) -> (String, PathBuf) {
+fn run_reader(containerd: &Containerd, name: &str, pause: Duration) -> (String, PathBuf) {
     let mut pod = containerd.run(&PodSpec { name, annotations: &[], containers: &[] });
     let dir = containerd.dir.path().join(name);
     std::fs::create_dir(&dir).unwrap();
@@ -57,14 +60,15 @@ fn run_reader(containerd: &Containerd, name: &str) -> (String, PathBuf) {
         ..Default::default()
     };
     let mounts = vec![mount("/out", &dir), mount("/reader", &reader_program())];
-    let command = reader_command("/reader", "/out/seen", MEMORY_MIB, PAUSE);
+    let command = reader_command("/reader", "/out/seen", MEMORY_MIB, pause);
     containerd.start_with(&mut pod, "app", 0, command, mounts);
     (pod.containers["app"].clone(), dir.join("seen"))
 }
 
 fn setup(bare: usize, real: usize, lxcfs: &[&str]) -> Setup {
     let (lxcfs, pods) = (Supervised::start(lxcfs), Pods::start());
-    let bare: Vec<Reader> = (0..bare).map(|_| Reader::start(PAUSE)).collect();
+    let pause = PAUSE * u32::try_from(bare + real).unwrap();
+    let bare: Vec<Reader> = (0..bare).map(|_| Reader::start(pause)).collect();
     let mut containers: Vec<Container> = bare
         .iter()
         .map(|r| Container { pid: r.pid(), id: r.id.clone(), out: r.out.clone() })
@@ -72,7 +76,7 @@ fn setup(bare: usize, real: usize, lxcfs: &[&str]) -> Setup {
     let runtime = (real > 0).then(Containerd::start);
     if let Some(runtime) = &runtime {
         for n in 0..real {
-            let (id, out) = run_reader(runtime, &format!("real-{n}"));
+            let (id, out) = run_reader(runtime, &format!("real-{n}"), pause);
             containers.push(Container { pid: runtime.pid(&id), id, out });
         }
     }
@@ -175,7 +179,9 @@ fn now() -> u128 {
 
 fn main() {
     let started = Instant::now();
-    let mut setup = setup(BARE, REAL, &["--watchdog", "2s"]);
+    let containers = std::env::args().skip(1).find_map(|arg| arg.parse().ok());
+    let bare = containers.unwrap_or(CONTAINERS).saturating_sub(REAL);
+    let mut setup = setup(bare, REAL, &["--watchdog", "2s"]);
     println!(
         "{} containers have their view after {:.1?} of preparations",
         setup.containers.len(),
@@ -183,13 +189,13 @@ fn main() {
     );
 
     setup.during("kill -9", usize::MAX, |setup| {
-        let old = setup.lxcfs.lxcfs();
+        let (old, dev) = (setup.lxcfs.lxcfs(), setup.dev());
         let at = now();
         setup.lxcfs.signal_lxcfs(Signal::SIGKILL);
         eventually_true("another lxcfs runs", || setup.lxcfs.lxcfs() != old);
         setup.lxcfs.wait_until_serving();
         let serves = (now() - at) / 1_000_000;
-        setup.all_current(None);
+        setup.all_current(Some(&dev));
         println!(
             "kill -9: lxcfs serves after {serves} ms, all views are current after {} ms",
             (now() - at) / 1_000_000
@@ -217,17 +223,21 @@ fn main() {
         at
     });
     setup.during("hung (watchdog 2 s)", HUNG, |setup| {
-        let old = setup.lxcfs.lxcfs();
+        let (old, dev) = (setup.lxcfs.lxcfs(), setup.dev());
         let at = now();
         setup.lxcfs.signal_lxcfs(Signal::SIGSTOP);
         eventually_true("another lxcfs runs", || setup.lxcfs.lxcfs() != old);
         setup.lxcfs.wait_until_serving();
-        setup.all_current(None);
+        setup.all_current(Some(&dev));
         println!("hung: all views are current after {} ms", (now() - at) / 1_000_000);
         at
     });
-    for line in
-        setup.lxcfs.supervisor.log().lines().filter(|l| l.contains("killed") || l.contains("swept"))
+    for line in setup
+        .lxcfs
+        .supervisor
+        .log()
+        .lines()
+        .filter(|l| ["killed", "views of", "waited"].iter().any(|word| l.contains(word)))
     {
         println!("{line}");
     }

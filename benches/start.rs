@@ -1,9 +1,10 @@
 //! What a container's first instruction sees, and what its start costs more: pods in a row with
-//! containerd 1.7 and 2 over NRI, the same without kube-lxcfs, in turns in the same run; and how
-//! soon the view comes without NRI.
+//! containerd 1.7 and 2 over NRI, the same without kube-lxcfs, in turns in the same run, with a
+//! supervised lxcfs; what the agent does in that time; and how soon the view comes without NRI.
 //!
-//!     cargo bench --bench start            500 pods each
-//!     cargo bench --bench start -- 50      fewer
+//!     cargo bench --bench start                       500 pods each
+//!     cargo bench --bench start -- 50                 fewer
+//!     cargo bench --bench start -- 500 1.7            with containerd 1.7 only; or 2, or events
 #![allow(
     clippy::unwrap_used,
     clippy::wildcard_imports,
@@ -35,12 +36,12 @@ fn own(output: &str) -> bool {
         && output.lines().nth(1).is_some_and(|s| s.parse::<f64>().unwrap() < 60.0)
 }
 
-fn agent_of(dir: &Path, containerd: &Containerd, lxcfs: &Lxcfs, nri: bool) -> Running {
+fn agent_of(dir: &Path, containerd: &Containerd, lxcfs: &str, nri: bool) -> Running {
     let (cri, socket) = (containerd.endpoint(), containerd.nri_socket());
     let mode = if nri { "required" } else { "off" };
     let args =
         ["--pods-from", "cri", "--cri-endpoint", &cri, "--nri", mode, "--nri-socket", &socket];
-    let agent = agent(dir, &[&args[..], &["--lxcfs-path", lxcfs.path()]].concat(), &[]);
+    let agent = agent(dir, &[&args[..], &["--lxcfs-path", lxcfs]].concat(), &[]);
     if nri {
         eventually_true("the plugin is registered", || agent.logged(&[("nri", "registered")]) == 1);
     } else {
@@ -69,16 +70,19 @@ fn percentile(all: &mut [Duration], percent: usize) -> Duration {
 
 fn with_nri(name: &str, release: Release, pods: usize) {
     let (lxcfs, containerd, dir) =
-        (Lxcfs::start(), Containerd::of(release, true), tempfile::tempdir().unwrap());
+        (Supervised::start(&[]), Containerd::of(release, true), tempfile::tempdir().unwrap());
     let (mut with, mut without, mut right) = (Vec::new(), Vec::new(), 0);
+    let (mut held, mut mounting) = (Vec::new(), Vec::new());
     for turn in 0..pods.div_ceil(TURN) {
         let count = TURN.min(pods - turn * TURN);
-        let mut agent = agent_of(dir.path(), &containerd, &lxcfs, true);
+        let mut agent = agent_of(dir.path(), &containerd, lxcfs.path(), true);
         for n in 0..count {
             let (took, output) = pod(&containerd, n);
             with.push(took);
             right += usize::from(own(&output));
         }
+        held.extend(elapsed(&agent, "desired view injected"));
+        mounting.extend(elapsed(&agent, "view injected"));
         agent.terminate();
         without.extend((0..count).map(|n| pod(&containerd, n).0));
     }
@@ -93,13 +97,31 @@ fn with_nri(name: &str, release: Release, pods: usize) {
             with.as_secs_f64() / without.as_secs_f64()
         );
     }
+    for (what, percent) in [("median", 50), ("99th percentile", 99)] {
+        let [held, mounting] = [&mut held, &mut mounting].map(|all| percentile(all, percent));
+        println!(
+            "{name}, NRI: the agent holds a start for {held:.2?} ({what}), of it process and \
+             mounts {mounting:.2?}, the rest is the search for lxcfs and the loop"
+        );
+    }
+}
+
+/// The times in the agent's log lines with this message.
+fn elapsed(agent: &Running, message: &str) -> Vec<Duration> {
+    let entries = agent.entries().into_iter().filter(|entry| entry["message"] == message);
+    let parse = |text: &str| {
+        let number = |unit: &str| text.strip_suffix(unit)?.parse::<f64>().ok();
+        let micros = number("µs").or_else(|| Some(number("ms")? * 1e3));
+        Duration::from_secs_f64(micros.or_else(|| Some(number("s")? * 1e6)).unwrap() / 1e6)
+    };
+    entries.map(|entry| parse(entry["elapsed"].as_str().unwrap())).collect()
 }
 
 /// From the end of the start to the view in the mount table.
 fn with_events(pods: usize) {
-    let (lxcfs, containerd) = (Lxcfs::start(), Containerd::of(Release::Trixie, false));
+    let (lxcfs, containerd) = (Supervised::start(&[]), Containerd::of(Release::Trixie, false));
     let dir = tempfile::tempdir().unwrap();
-    let _agent = agent_of(dir.path(), &containerd, &lxcfs, false);
+    let _agent = agent_of(dir.path(), &containerd, lxcfs.path(), false);
     let mut all = Vec::new();
     for n in 0..pods {
         let annotations = &[INJECT];
@@ -125,8 +147,17 @@ fn with_events(pods: usize) {
 }
 
 fn main() {
-    let pods = std::env::args().skip(1).find_map(|arg| arg.parse().ok()).unwrap_or(500);
-    with_nri("containerd 1.7", Release::Trixie, pods);
-    with_nri("containerd 2", Release::Sid, pods);
-    with_events(pods.min(100));
+    // `cargo bench` adds `--bench`.
+    let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
+    let pods = args.first().map_or(500, |arg| arg.parse().unwrap());
+    let runs = |part: &str| args.get(1).is_none_or(|only| only == part);
+    if runs("1.7") {
+        with_nri("containerd 1.7", Release::Trixie, pods);
+    }
+    if runs("2") {
+        with_nri("containerd 2", Release::Sid, pods);
+    }
+    if runs("events") {
+        with_events(pods.min(100));
+    }
 }

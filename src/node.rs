@@ -192,11 +192,21 @@ impl fmt::Display for PassSummary {
     }
 }
 
-/// Performs a task in the mount namespaces of these processes, many concurrently.
-async fn pass(workers: &Workers, processes: Vec<Arc<Process>>, task: &Task) -> PassSummary {
-    let reconcile = |process, limit| async move {
-        let done = mount::reconcile_within(workers, process, task.clone(), limit).await;
-        done.unwrap_or_else(|timeout| Err(timeout.error.into()))
+/// Performs a task in the mount namespaces of these processes, many concurrently. `visited` gets
+/// each process that the task was performed in.
+async fn pass(
+    workers: &Workers,
+    processes: Vec<Arc<Process>>,
+    task: &Task,
+    visited: &impl Fn(&Process),
+) -> PassSummary {
+    let reconcile = |process: Arc<Process>, limit| async move {
+        let done = mount::reconcile_within(workers, process.clone(), task.clone(), limit).await;
+        let done = done.unwrap_or_else(|timeout| Err(timeout.error.into()));
+        if done.is_ok() {
+            visited(&process);
+        }
+        done
     };
     let mut summary = PassSummary::default();
     for (process, reconciled) in for_each(processes, reconcile).await {
@@ -226,7 +236,29 @@ async fn pass(workers: &Workers, processes: Vec<Arc<Process>>, task: &Task) -> P
 /// Fails if `/proc` cannot be listed.
 #[allow(clippy::implicit_hasher, reason = "a handful of device numbers")]
 pub async fn sweep(workers: &Workers, exited: HashSet<Dev>) -> io::Result<PassSummary> {
-    let task = Task::Sweep(Arc::new(exited));
+    everywhere(workers, &Task::Sweep(Arc::new(exited)), &|_| ()).await
+}
+
+/// Remounts the views of an lxcfs that has exited from another one. Sends neither a request.
+/// `visited` gets each process whose namespace has no view of the exited one any more.
+///
+/// # Errors
+/// Fails if `/proc` cannot be listed.
+pub async fn recover(
+    workers: &Workers,
+    exited: Dev,
+    lxcfs: Arc<LxcfsFiles>,
+    visited: &impl Fn(&Process),
+) -> io::Result<PassSummary> {
+    everywhere(workers, &Task::Recover { exited, lxcfs }, visited).await
+}
+
+/// Performs a task in every mount namespace of the node.
+async fn everywhere(
+    workers: &Workers,
+    task: &Task,
+    visited: &impl Fn(&Process),
+) -> io::Result<PassSummary> {
     let scan = blocking(|| {
         let mut scan = Scan::new()?;
         let processes = scan.processes()?;
@@ -234,10 +266,10 @@ pub async fn sweep(workers: &Workers, exited: HashSet<Dev>) -> io::Result<PassSu
     });
     let (scanned, ()) = futures::join!(scan, prepare_scratch());
     let (mut scan, processes) = scanned?;
-    let summary = pass(workers, processes, &task).await;
+    let summary = pass(workers, processes, task, visited).await;
     // A node has many more threads than processes, and few of them have their own namespace.
     let threads = blocking(move || scan.threads()).await?;
-    Ok(summary.and(pass(workers, threads, &task).await))
+    Ok(summary.and(pass(workers, threads, task, visited).await))
 }
 
 /// Sweeps every lxcfs that has exited, by its device in containers that have a view of it, and
@@ -333,8 +365,8 @@ pub async fn remount(
     if processes.len() > 1 {
         prepare_scratch().await;
     }
-    Ok(pass(workers, processes, &Task::reconcile(DesiredView::REMOUNT_ONLY, Some(lxcfs.clone())))
-        .await)
+    let task = Task::reconcile(DesiredView::REMOUNT_ONLY, Some(lxcfs.clone()));
+    Ok(pass(workers, processes, &task, &|_| ()).await)
 }
 
 /// The state of a view file.

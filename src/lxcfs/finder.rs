@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     io::Read,
-    os::fd::OwnedFd,
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -15,7 +15,7 @@ use rustix::{
 };
 use tokio::sync::oneshot;
 
-use super::{Error, Identity, is_writable, mounted_at, unique_identity};
+use super::{Error, Identity, is_writable, mounted_at, unique_identity, version};
 use crate::{
     model::view::ViewFile,
     mount::{LxcfsFiles, WorkError, Workers, observe::LXCFS_FSTYPE},
@@ -65,16 +65,31 @@ pub struct Finder {
     metrics: Option<Arc<Metrics>>,
 }
 
-/// A mount that is one of lxcfs, and not writable, as the mount table showed: it is not read again
-/// for the same mount. On a full node that takes longer than an injection.
-type KnownLxcfs = Mutex<Option<Identity>>;
+/// What the mount table showed of a mount that is one of lxcfs, and not writable: it is not read
+/// again for the same mount. On a full node that takes longer than an injection.
+type KnownLxcfs = Mutex<Option<Known>>;
+
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    identity: Identity,
+    supervised: bool,
+}
+
+/// The result of a search.
+#[derive(Clone, Debug)]
+pub(super) struct Found {
+    pub(super) files: LxcfsFiles,
+    /// Its mount, if a supervisor runs it: that detaches the mount lazily, so that open files keep
+    /// nobody from unmounting it.
+    pub(super) supervised: Option<Identity>,
+}
 
 /// A probe that timed out and has not returned.
 #[derive(Debug)]
 struct PendingProbe {
     identity: Option<Identity>,
     timeout: Duration,
-    result: oneshot::Receiver<Result<LxcfsFiles, Error>>,
+    result: oneshot::Receiver<Result<Found, Error>>,
 }
 
 impl Finder {
@@ -99,6 +114,16 @@ impl Finder {
     /// # Errors
     /// Fails if no lxcfs serves, or it does not respond within the workers' deadline.
     pub async fn find(&self, workers: &Workers) -> Result<Arc<LxcfsFiles>, Error> {
+        self.find_again(workers, None).await.map(|found| Arc::new(found.files))
+    }
+
+    /// As [`Finder::find`]. The files that were `held` since an earlier search are not opened
+    /// again, if their lxcfs still serves and responds.
+    pub(super) async fn find_again(
+        &self,
+        workers: &Workers,
+        held: Option<Found>,
+    ) -> Result<Found, Error> {
         let identity = mounted_at(&self.path);
         if let Some(probe) = &mut *self.pending() {
             let hangs = matches!(probe.result.try_recv(), Err(oneshot::error::TryRecvError::Empty));
@@ -107,14 +132,18 @@ impl Finder {
             }
         }
         let (path, known, started) = (self.path.clone(), self.known.clone(), Instant::now());
-        let searched = workers.run(move |_| open(&path, &known)).await;
+        let search = move |_: &_| match held {
+            Some(held) if still_serves(&path, &held) => Ok(held),
+            _ => open(&path, &known),
+        };
+        let searched = workers.run(search).await;
         if let Some(metrics) = &self.metrics {
             metrics.lxcfs_probed(started.elapsed());
         }
         let timed_out = match searched {
             Ok(found) => {
                 *self.pending() = None;
-                return found.map(Arc::new);
+                return found;
             }
             Err(timed_out) => timed_out,
         };
@@ -134,9 +163,22 @@ impl Finder {
     }
 }
 
+/// Whether the lxcfs whose files are held is mounted at `path`, and responds. Blocks if it hangs.
+fn still_serves(path: &Path, Found { files, supervised }: &Found) -> bool {
+    let Some(uptime) = files.files.get(&ViewFile::Uptime) else { return false };
+    supervised.is_some()
+        && mounted_at(path) == *supervised
+        && rustix::fs::open(
+            format!("/proc/self/fd/{}", uptime.as_raw_fd()),
+            OFlags::RDONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .is_ok_and(|uptime| read_some(uptime).is_ok())
+}
+
 /// Opens the view files of the lxcfs at `path`, and reads one. Blocks if lxcfs hangs. Does not open
 /// `cpu` of one that is writable.
-fn open(path: &Path, known: &KnownLxcfs) -> Result<LxcfsFiles, Error> {
+fn open(path: &Path, known: &KnownLxcfs) -> Result<Found, Error> {
     let fail = |verb| move |cause: std::io::Error| Error::Io { path: path.to_owned(), verb, cause };
     // Only readlink(2) is called on the path's last component; FUSE handles it for a directory
     // without its server.
@@ -153,13 +195,17 @@ fn open(path: &Path, known: &KnownLxcfs) -> Result<LxcfsFiles, Error> {
         })
     };
     let known = || known.lock().unwrap_or_else(PoisonError::into_inner);
-    let identity = *known();
-    if let Some(identity) = identity
+    let found = |files, known: Option<Known>| Found {
+        files,
+        supervised: known.filter(|known| known.supervised).map(|known| known.identity),
+    };
+    let last = *known();
+    if let Some(Known { identity, .. }) = last
         && mounted_at(&real) == Some(identity)
     {
         let root = open_root()?;
         if unique_identity(&root) == Some(identity) {
-            return open_files(path, &root, identity.dev, false);
+            return Ok(found(open_files(path, &root, identity.dev, false)?, last));
         }
     }
     let text =
@@ -187,8 +233,11 @@ fn open(path: &Path, known: &KnownLxcfs) -> Result<LxcfsFiles, Error> {
         )));
     }
     let writable = is_writable(mount);
-    *known() = unique_identity(&root).filter(|_| !writable);
-    open_files(path, &root, mount.dev, writable)
+    let identity = unique_identity(&root).filter(|_| !writable);
+    let supervised = version(mount).is_some();
+    let now = identity.map(|identity| Known { identity, supervised });
+    *known() = now;
+    Ok(found(open_files(path, &root, mount.dev, writable)?, now))
 }
 
 /// Opens the view files below the root of an lxcfs, and reads one.
@@ -215,7 +264,7 @@ fn open_files(path: &Path, root: &OwnedFd, dev: Dev, writable: bool) -> Result<L
         Some(libc::ENOTCONN | libc::ECONNABORTED) => Error::Dead(path.to_owned()),
         _ => fail("read proc/uptime")(cause),
     })?;
-    Ok(LxcfsFiles { dev, files, writable })
+    Ok(LxcfsFiles { dev, files: Arc::new(files), writable })
 }
 
 /// Checks that lxcfs responds: reads the file that is the cheapest for it.
@@ -226,8 +275,12 @@ fn probe(root: &impl std::os::fd::AsFd) -> std::io::Result<()> {
         OFlags::RDONLY | OFlags::CLOEXEC,
         Mode::empty(),
     )?;
+    read_some(uptime)
+}
+
+fn read_some(file: OwnedFd) -> std::io::Result<()> {
     let mut text = [0; 64];
-    match std::fs::File::from(uptime).read(&mut text)? {
+    match std::fs::File::from(file).read(&mut text)? {
         0 => Err(std::io::Error::other("it is empty")),
         _ => Ok(()),
     }

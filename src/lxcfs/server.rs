@@ -20,6 +20,9 @@ use crate::{
 /// The limit of what is read of a mount table to find lxcfs in it, in bytes.
 const MAX_TABLE_BYTES: u64 = 8 << 20;
 
+/// The name of a supervisor's process, as `comm` has it.
+const SUPERVISOR: &str = "kube-lxcfs";
+
 /// The process that serves a mount.
 #[derive(Debug)]
 pub(super) struct ServingProcess {
@@ -47,7 +50,9 @@ pub(super) fn serving_process(
 ) -> Result<Option<ServingProcess>, IncompleteSearch> {
     let dev = identity.dev;
     let may_serve = |pid| has_mount(pid, dev) && is_lxcfs_at(pid, path);
-    let Search { mut holders, complete } = fuse::search(|_| true, |holder| holder.dev == Some(dev));
+    // A supervisor shares the connection of its lxcfs.
+    let Search { mut holders, complete } =
+        fuse::search(|pid| !is_supervisor(pid), |holder| holder.dev == Some(dev));
     // Where the kernel names connections, the search did not reach the holder of this one.
     if !complete && holders.iter().any(|holder| holder.dev.is_some()) {
         holders.clear();
@@ -129,7 +134,8 @@ fn enabled_by(arguments: &[Vec<u8>]) -> Enabled {
 /// another path of the same name. Blocks.
 pub fn processes_serving(path: &Path) -> Vec<(Process, Option<Dev>)> {
     let own = mount_namespace("self");
-    let ours = |pid: i32| own.is_some() && mount_namespace(&pid.to_string()) == own;
+    let ours =
+        |pid: i32| own.is_some() && mount_namespace(&pid.to_string()) == own && !is_supervisor(pid);
     let Search { holders, complete } = fuse::search(ours, |_| false);
     if !complete {
         tracing::warn!(cause = %IncompleteSearch, "a predecessor may still run");
@@ -186,8 +192,14 @@ fn is_supervised(pid: i32) -> bool {
     let namespace = mount_namespace(&pid.to_string());
     namespace.is_some()
         && parent.is_some_and(|parent| {
-            parent.comm == "kube-lxcfs" && mount_namespace(&parent.pid.to_string()) == namespace
+            parent.comm == SUPERVISOR && mount_namespace(&parent.pid.to_string()) == namespace
         })
+}
+
+/// Whether a process has the name of a supervisor.
+fn is_supervisor(pid: i32) -> bool {
+    let comm = std::fs::read(format!("/proc/{pid}/comm"));
+    comm.is_ok_and(|comm| comm.strip_suffix(b"\n") == Some(SUPERVISOR.as_bytes()))
 }
 
 fn mount_namespace(pid: &str) -> Option<(u64, u64)> {

@@ -6,12 +6,13 @@ use std::{
     time::Instant,
 };
 
-use super::{Error, Finder};
+use super::{Error, Finder, finder::Found};
 use crate::mount::{LxcfsFiles, Workers};
 
 /// Opens the view files of the serving lxcfs for the first of concurrent users, and closes them
-/// with the last: an open descriptor keeps the lxcfs mount busy. One search at a time, whose result
-/// all users share that waited for it.
+/// with the last: an open descriptor keeps the lxcfs mount busy. Those of a supervised lxcfs are
+/// held until it exits, because its supervisor detaches the mount lazily. One search at a time,
+/// whose result all users share that waited for it.
 #[derive(Clone, Debug)]
 pub struct SharedLxcfs {
     finder: Finder,
@@ -23,7 +24,10 @@ pub struct SharedLxcfs {
 /// The result of the last search.
 #[derive(Debug, Default)]
 struct LastSearch {
+    /// What users have.
     found: Weak<LxcfsFiles>,
+    /// The open files of a supervised lxcfs.
+    held: Option<Found>,
     failed: Option<(Instant, Arc<Error>)>,
     /// Counts the calls of [`SharedLxcfs::invalidate`].
     generation: u64,
@@ -47,7 +51,8 @@ impl SharedLxcfs {
         self.finder.path()
     }
 
-    /// The serving lxcfs: the one that another user holds, or the result of a search.
+    /// The serving lxcfs: the one that another user holds, or the result of a search. Whether it
+    /// responds is checked in every search, also if its files are held.
     ///
     /// # Errors
     /// [`Acquired::lxcfs`] has those of [`Finder::find`].
@@ -58,19 +63,25 @@ impl SharedLxcfs {
             return shared(Ok(lxcfs));
         }
         let _turn = self.search.lock().await;
-        let generation = {
+        let (generation, held) = {
             let last = self.last();
             if let Some(lxcfs) = last.found.upgrade() {
                 return shared(Ok(lxcfs));
             }
             match &last.failed {
                 Some((at, e)) if *at >= requested => return shared(Err(e.clone())),
-                _ => last.generation,
+                _ => (last.generation, last.held.clone()),
             }
         };
-        let lxcfs = self.finder.find(&self.workers).await.map_err(Arc::new);
+        let found = self.finder.find_again(&self.workers, held).await;
         let mut last = self.last();
-        if last.generation == generation {
+        let is_current = last.generation == generation;
+        if is_current {
+            let found = found.as_ref().ok();
+            last.held = found.filter(|found| found.supervised.is_some()).cloned();
+        }
+        let lxcfs = found.map(|found| Arc::new(found.files)).map_err(Arc::new);
+        if is_current {
             match &lxcfs {
                 Ok(lxcfs) => last.found = Arc::downgrade(lxcfs),
                 Err(e) => last.failed = Some((Instant::now(), e.clone())),
@@ -85,6 +96,7 @@ impl SharedLxcfs {
         let mut last = self.last();
         last.generation += 1;
         last.failed = None;
+        last.held = None;
         std::mem::take(&mut last.found).upgrade()
     }
 

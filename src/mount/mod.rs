@@ -52,10 +52,10 @@ const MAX_LOCK_INTERVAL: Duration = Duration::from_millis(50);
 ///
 /// An open descriptor keeps the lxcfs mount busy: drop it with the last operation, or `umount` by
 /// lxcfs's owner fails.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct LxcfsFiles {
     pub dev: Dev,
-    pub files: BTreeMap<ViewFile, OwnedFd>,
+    pub files: Arc<BTreeMap<ViewFile, OwnedFd>>,
     /// See [`ServingLxcfs::writable`].
     pub writable: bool,
 }
@@ -142,6 +142,8 @@ pub enum Task {
     /// Make the view the desired one; without `lxcfs` nothing is injected. With `adopt`,
     /// pod-provided lxcfs files are made current too.
     Reconcile { desired: DesiredView, lxcfs: Option<Arc<LxcfsFiles>>, adopt: bool },
+    /// Remount the view from `lxcfs` if it has files of this other one, which has exited.
+    Recover { exited: Dev, lxcfs: Arc<LxcfsFiles> },
     /// Remove the view files of these lxcfs, which have exited or are about to.
     Sweep(Arc<HashSet<Dev>>),
 }
@@ -171,6 +173,12 @@ impl Task {
             Task::Reconcile { desired, lxcfs, adopt } => {
                 plan::plan(*desired, observed, lxcfs.as_ref().map(|lxcfs| lxcfs.serving()), *adopt)
             }
+            Task::Recover { exited, .. } if observed.views().all(|(_, dev)| dev != *exited) => {
+                Plan::default()
+            }
+            Task::Recover { lxcfs, .. } => {
+                plan::plan(DesiredView::REMOUNT_ONLY, observed, Some(lxcfs.serving()), false)
+            }
             Task::Sweep(exited) => plan::plan_sweep(observed, |dev| exited.contains(&dev)),
         }
     }
@@ -178,6 +186,7 @@ impl Task {
     fn lxcfs_file(&self, file: ViewFile) -> Option<&OwnedFd> {
         match self {
             Task::Reconcile { lxcfs, .. } => lxcfs.as_ref()?.files.get(&file),
+            Task::Recover { lxcfs, .. } => lxcfs.files.get(&file),
             Task::Sweep(_) => None,
         }
     }

@@ -2,17 +2,21 @@
 //! a hung lxcfs.
 //!
 //! When lxcfs exits, the supervisor first unmounts it at the serving path, so that no new view can
-//! be made of it. Then it starts lxcfs again, and beside that sweeps every mount namespace. At a
-//! shutdown it sweeps before it stops lxcfs, so that no reader sees an error.
+//! be made of it. Then it starts lxcfs again. If the next one serves soon, the views are remounted
+//! from it, else they are swept. At a shutdown the supervisor sweeps before it stops lxcfs, so that
+//! no reader sees an error.
 //!
-//! A sweep selects views by the device number of their lxcfs. The kernel gives the number to
-//! another file system when the last mount is gone, and the next lxcfs could get it. So the
-//! supervisor holds the exited one, by an open descriptor, until the sweep is over.
+//! Views are selected by the device number of their lxcfs. The kernel gives the number to another
+//! file system when the last mount is gone, and the next lxcfs could get it. So the supervisor
+//! holds the exited one, by an open descriptor, until none of its views is left. It also shares
+//! lxcfs's connection: until then, readers of the views wait.
 
 mod cgroup2;
 mod child;
+mod connection;
 mod predecessors;
 mod program;
+mod recovery;
 pub mod volume;
 
 use std::{
@@ -34,13 +38,18 @@ use rustix::{
 use tokio::{
     process::Child,
     signal::unix::{SignalKind, signal},
-    task::JoinSet,
 };
 
-use self::{cgroup2::Cgroup2, predecessors::Predecessors, program::Program};
+use self::{
+    cgroup2::Cgroup2,
+    connection::Connection,
+    predecessors::Predecessors,
+    program::Program,
+    recovery::{ExitedLxcfs, Recoveries},
+};
 use crate::{
     lxcfs::{Error as FindError, Finder, Identity, MountTableWatch, identify, is_mounted},
-    mount::Workers,
+    mount::{LxcfsFiles, Workers},
     node,
     runtime::cgroup::CgroupVersion,
     sys::mountinfo::Dev,
@@ -50,9 +59,9 @@ use crate::{
     },
 };
 
-/// Most of the cost of a detach is waiting for RCU, so many threads sweep concurrently, for any
-/// number of CPUs.
-const SWEEPERS: usize = 48;
+/// A part of the cost of a container is waiting for RCU, so there are more threads than CPUs. With
+/// 48 of them, a node with 2 CPUs has no time for lxcfs.
+const SWEEPERS: usize = 8;
 /// The nice value of the supervisor and of lxcfs (setpriority(2)).
 const NICE: i32 = -10;
 /// The limit of a sweep in one namespace.
@@ -65,8 +74,6 @@ const STARTUP_POLL: Duration = Duration::from_millis(5);
 const DRAIN: Duration = Duration::from_millis(200);
 /// The delay before a restart, from the second failure on.
 const RESTART: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(5));
-/// The limit of sweeps beside lxcfs: one that exits repeatedly waits for the oldest.
-const MAX_SWEEPS: usize = 4;
 /// An lxcfs that served for this time resets the delay.
 const BACKOFF_RESET: Duration = Duration::from_secs(60);
 
@@ -147,15 +154,20 @@ impl Supervisor {
     /// # Errors
     /// Fails if lxcfs cannot be run at all; an lxcfs that exits or hangs is restarted.
     pub async fn run(self) -> Result<(), Error> {
-        let mut sweeps = JoinSet::new();
-        let stopped = self.run_until_shutdown(&mut sweeps).await;
-        while sweeps.join_next().await.is_some() {}
+        let sweepers = Workers::start(SWEEPERS, SWEEP_DEADLINE).map_err(Error::Workers)?;
+        let mut recoveries = Recoveries::new(sweepers.clone(), self.metrics.clone());
+        let stopped = self.run_until_shutdown(sweepers, &mut recoveries).await;
+        recoveries.finish().await;
         stopped?;
         self.clean_up();
         Ok(())
     }
 
-    async fn run_until_shutdown(&self, sweeps: &mut JoinSet<()>) -> Result<(), Error> {
+    async fn run_until_shutdown(
+        &self,
+        sweepers: Workers,
+        recoveries: &mut Recoveries,
+    ) -> Result<(), Error> {
         let mut signals = Signals::listen().map_err(Error::Signals)?;
         // Every reader of the node waits for these threads, and for lxcfs, which inherits the
         // value. Without CAP_SYS_NICE the value stays as it is.
@@ -167,7 +179,7 @@ impl Supervisor {
         // Before it is needed: a sweep is urgent.
         node::prepare_scratch().await;
         let pools = Pools {
-            sweepers: Workers::start(SWEEPERS, SWEEP_DEADLINE).map_err(Error::Workers)?,
+            sweepers,
             probe_workers: Workers::start(1, probe_deadline).map_err(Error::Workers)?,
             probe_interval,
         };
@@ -187,12 +199,19 @@ impl Supervisor {
                 cgroup2.restore();
             }
             let reason = match serves {
-                Err(reason) => reason,
-                Ok(identity) => {
+                Err(reason) => {
+                    recoveries.no_successor();
+                    reason
+                }
+                Ok((identity, lxcfs)) => {
+                    recoveries.successor(&lxcfs);
+                    // An open file keeps the mount busy.
+                    drop(lxcfs);
                     let (dev, elapsed) = (identity.dev, started.elapsed());
                     tracing::info!(lxcfs = "serving", %dev, ?elapsed, "lxcfs serves");
                     self.metrics.set_up(true);
                     let held = hold(&self.path, dev);
+                    let connection = share(&child, dev);
                     predecessors.replace(&self.path, &pools.sweepers, &pools.probe_workers).await;
                     let reason = self
                         .serve(&mut child, identity, &pools, &mut mount_table, &mut signals)
@@ -204,7 +223,7 @@ impl Supervisor {
                         Some(held)
                             if matches!(reason, ExitReason::Exited(_) | ExitReason::Hung) =>
                         {
-                            self.sweep_beside(sweeps, &pools.sweepers, dev, held).await;
+                            recoveries.start(ExitedLxcfs { dev, held, connection }).await;
                         }
                         _ => {
                             self.sweep_before_exit(&mut child, dev, &reason, &pools.sweepers).await;
@@ -234,6 +253,9 @@ impl Supervisor {
             });
             failures = if started.elapsed() >= BACKOFF_RESET { 0 } else { failures + 1 };
             let delay = restart_delay(failures);
+            if !delay.is_zero() {
+                recoveries.no_successor();
+            }
             tracing::info!(?delay, "restarting lxcfs");
             tokio::select! {
                 () = tokio::time::sleep(delay) => {}
@@ -247,14 +269,14 @@ impl Supervisor {
         child: &mut Child,
         pools: &Pools,
         signals: &mut Signals,
-    ) -> Result<Identity, ExitReason> {
+    ) -> Result<(Identity, Arc<LxcfsFiles>), ExitReason> {
         let started = Instant::now();
         let finder = Finder::new(&self.path);
         let serves = async {
             loop {
                 if let Some(identity) = identify(&self.path) {
                     match finder.find(&pools.probe_workers).await {
-                        Ok(_) => return Some(identity),
+                        Ok(lxcfs) => return Some((identity, lxcfs)),
                         Err(FindError::Hung { .. }) => return None,
                         Err(_) => {}
                     }
@@ -357,28 +379,6 @@ impl Supervisor {
         }
     }
 
-    /// Sweeps the views of an lxcfs that has exited, beside the next one. Until then its device
-    /// number stays its own.
-    async fn sweep_beside(
-        &self,
-        sweeps: &mut JoinSet<()>,
-        sweepers: &Workers,
-        dev: Dev,
-        held: OwnedFd,
-    ) {
-        while sweeps.try_join_next().is_some() {}
-        if sweeps.len() >= MAX_SWEEPS {
-            sweeps.join_next().await;
-        }
-        let (sweepers, metrics) = (sweepers.clone(), self.metrics.clone());
-        sweeps.spawn(async move {
-            sweep(&sweepers, dev, &metrics).await;
-            drop(held);
-        });
-        // It starts before lxcfs does.
-        tokio::task::yield_now().await;
-    }
-
     /// Removes the pid file, and the volume if no other pod uses it.
     fn clean_up(&self) {
         let _ = std::fs::remove_file(child::pid_file(&self.path));
@@ -414,6 +414,13 @@ fn hold(path: &Path, dev: Dev) -> Option<OwnedFd> {
     let found = rustix::fs::statx(&root, "", flags, StatxFlags::MNT_ID).ok()?;
     let found = Dev { major: found.stx_dev_major, minor: found.stx_dev_minor };
     (found == dev).then_some(root)
+}
+
+/// Shares the connection of lxcfs. Without it, readers of its views get errors while an exited
+/// lxcfs is swept.
+fn share(child: &Child, dev: Dev) -> Option<Connection> {
+    let shared = child::pid(child).map(|pid| Connection::share(pid, dev))?;
+    shared.inspect_err(|cause| tracing::warn!(%cause, "failed to share lxcfs's connection")).ok()
 }
 
 /// The delay before a restart: none after the first failure.

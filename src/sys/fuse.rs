@@ -5,7 +5,8 @@ use std::{
     collections::{BTreeSet, HashMap},
     hash::Hash,
     io::Read,
-    path::{Path, PathBuf},
+    os::fd::RawFd,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -102,24 +103,39 @@ pub fn held(devs: &BTreeSet<Dev>) -> BTreeSet<Dev> {
     held
 }
 
+/// A descriptor of this process for the connection of `dev`. On kernels that name no connection,
+/// one for any.
+pub fn descriptor(pid: i32, dev: Dev) -> Option<RawFd> {
+    let mut descriptors = descriptors(pid);
+    descriptors.find(|(_, of)| of.is_none_or(|of| of == dev)).map(|(fd, _)| fd)
+}
+
 fn holders_in(pid: i32) -> Vec<Holder> {
-    let dir = PathBuf::from(format!("/proc/{pid}/fd"));
     let mut found: Vec<Holder> = Vec::new();
-    for fd in std::fs::read_dir(&dir).into_iter().flatten().flatten().take(MAX_FDS) {
-        let path = fd.path();
-        let named =
-            std::fs::read_link(&path).is_ok_and(|to| to.file_name() == Some("fuse".as_ref()));
-        if !named || !is_fuse_device(&path) {
-            continue;
-        }
-        let info =
-            read_start(Path::new("/proc").join(format!("{pid}/fdinfo")).join(fd.file_name()));
-        let holder = Holder { pid, dev: connection(&String::from_utf8_lossy(&info)) };
+    for (_, dev) in descriptors(pid) {
+        let holder = Holder { pid, dev };
         if !found.contains(&holder) {
             found.push(holder);
         }
     }
     found
+}
+
+/// The descriptors of a process that are of the FUSE device, each with [`Holder::dev`].
+fn descriptors(pid: i32) -> impl Iterator<Item = (RawFd, Option<Dev>)> {
+    let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    fds.take(MAX_FDS).filter_map(move |fd| {
+        let path = fd.path();
+        let named =
+            std::fs::read_link(&path).is_ok_and(|to| to.file_name() == Some("fuse".as_ref()));
+        if !named || !is_fuse_device(&path) {
+            return None;
+        }
+        let info =
+            read_start(Path::new("/proc").join(format!("{pid}/fdinfo")).join(fd.file_name()));
+        let dev = connection(&String::from_utf8_lossy(&info));
+        Some((fd.file_name().to_str()?.parse().ok()?, dev))
+    })
 }
 
 /// Whether a descriptor is of the FUSE device. Its name proves nothing. With `AT_STATX_DONT_SYNC` a

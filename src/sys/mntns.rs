@@ -4,11 +4,18 @@ use std::{collections::HashSet, io, os::unix::fs::MetadataExt, sync::Arc};
 
 use super::process::{Process, ProcessError};
 
+/// The device and inode number of a mount namespace.
+pub type NamespaceId = (u64, u64);
+
+/// The mount namespace of a process, if it runs.
+pub fn namespace_of(pid: i32) -> Option<NamespaceId> {
+    namespace(&format!("/proc/{pid}")).ok()
+}
+
 /// A search for the mount namespaces of this node. It finds each namespace once, and not our own.
 #[derive(Debug)]
 pub struct Scan {
-    /// Device and inode number.
-    seen: HashSet<(u64, u64)>,
+    seen: HashSet<NamespaceId>,
 }
 
 impl Scan {
@@ -84,7 +91,7 @@ impl Scan {
     }
 }
 
-fn namespace(task: &str) -> io::Result<(u64, u64)> {
+fn namespace(task: &str) -> io::Result<NamespaceId> {
     std::fs::metadata(format!("{task}/ns/mnt")).map(|m| (m.dev(), m.ino()))
 }
 

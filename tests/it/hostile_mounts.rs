@@ -33,7 +33,7 @@ fn bare() -> Bare {
     Bare::with(&["--mount", "--propagation", "private", "--fork", "--kill-child"])
 }
 
-fn runtime() -> tokio::runtime::Runtime {
+pub(super) fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
@@ -215,18 +215,17 @@ fn writes_to_cpu_are_refused(nested: &Running) {
 #[test]
 fn locked_views_of_an_exited_lxcfs_are_covered() {
     isolated(|| {
-        let supervised = Supervised::start(&[]);
+        let supervised = Supervised::start_mortal();
         let target = bare();
         let pid = target.pid.to_string();
         succeeds(&["mount", "--pid", &pid, "--lxcfs-path", supervised.path()]);
         let nested = nested(&target);
-        supervised.signal_lxcfs(nix::sys::signal::Signal::SIGKILL);
+        supervised.kill_for_good();
         eventually("the node's file shows", || {
             let read = read_in(&nested, "/proc/meminfo");
             let covered = layers(&nested, "/proc/meminfo") == 2;
             if covered && read.contains("MemTotal") { Ok(()) } else { Err(read) }
         });
-        supervised.wait_until_serving();
         assert!(views(&target.mountinfo()).is_empty());
         eventually("every locked view is covered", || {
             let table = mountinfo(nested.pid());

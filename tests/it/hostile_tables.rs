@@ -15,7 +15,7 @@ use nix::{
     sys::signal::Signal,
 };
 
-use crate::harness::*;
+use crate::{harness::*, restart::managed_devs};
 
 fn namespace(pid: i32) -> File {
     File::open(format!("/proc/{pid}/ns/mnt")).unwrap()
@@ -100,6 +100,13 @@ fn copies(bare: &Bare, count: usize) -> (Vec<Running>, tempfile::TempDir) {
     (copies, dir)
 }
 
+/// Waits until no view comes from the lxcfs of this device.
+fn recovered(pid: i32, dead: &str) {
+    eventually_true("no view is dead", || {
+        managed_devs(&mountinfo(pid)).iter().all(|dev| dev != dead)
+    });
+}
+
 #[test]
 fn stacked_binds_delay_no_other_container() {
     isolated(|| {
@@ -108,13 +115,13 @@ fn stacked_binds_delay_no_other_container() {
         others.iter().for_each(|other| inject(lxcfs.path(), other));
         inside(hostile.pid, || (0..12_000).for_each(|_| bind("/proc/uptime", "/proc/meminfo")));
         let _copies = copies(&hostile, 20);
-        let (killed, started) = (lxcfs.lxcfs(), Instant::now());
+        let (killed, dead, started) = (lxcfs.lxcfs(), lxcfs_dev(&others[0]), Instant::now());
         lxcfs.signal_lxcfs(Signal::SIGKILL);
-        others.iter().for_each(|other| has_views("the other container", other.pid, 0));
-        let swept = started.elapsed();
+        others.iter().for_each(|other| recovered(other.pid, &dead));
+        let recovered = started.elapsed();
         eventually_true("another lxcfs runs", || lxcfs.lxcfs() != killed);
         lxcfs.wait_until_serving();
-        println!("swept after {swept:?}, serves after {:?}", started.elapsed());
+        println!("recovered after {recovered:?}, serves after {:?}", started.elapsed());
         let namespaces = |entry: &serde_json::Value| entry["namespaces"].as_u64();
         eventually_true("the large tables are reported once", || {
             lxcfs.supervisor.entries().iter().find_map(namespaces) == Some(21)
@@ -123,7 +130,7 @@ fn stacked_binds_delay_no_other_container() {
 }
 
 #[test]
-fn lxcfs_serves_before_the_sweep_is_over() {
+fn lxcfs_serves_before_the_recovery_is_over() {
     isolated(|| {
         // Before lxcfs, or their namespaces have a copy of its mount.
         let (other, hostile) = (Bare::start(), Bare::start());
@@ -138,18 +145,15 @@ fn lxcfs_serves_before_the_sweep_is_over() {
             |copy: &Running| Flock::lock(namespace(copy.pid()), FlockArg::LockExclusive).unwrap();
         let locks: Vec<Flock<File>> = copies.iter().map(lock).collect();
         lxcfs.signal_lxcfs(Signal::SIGKILL);
-        has_views("the other container", other.pid, 0);
-        copies.iter().for_each(|copy| has_views("the hostile container", copy.pid(), 0));
+        recovered(other.pid, &dead);
+        copies.iter().for_each(|copy| recovered(copy.pid(), &dead));
         drop(locks);
-        let swept = |entry: &serde_json::Value| entry["swept_files"].is_u64();
-        eventually_true("the sweep is over", || lxcfs.supervisor.entries().iter().any(swept));
+        let is_over = |entry: &serde_json::Value| entry["in_time"].is_boolean();
+        eventually_true("the recovery is over", || lxcfs.supervisor.entries().iter().any(is_over));
         let entries = lxcfs.supervisor.entries();
         let mut serves = (0..entries.len()).filter(|n| entries[*n]["lxcfs"] == "serving");
-        let (second, swept) = (serves.nth(1), entries.iter().position(swept));
-        assert!(second.is_some() && second < swept, "{}", lxcfs.supervisor.log());
-        // The next lxcfs has another device number, so the sweep leaves its views alone.
-        inject(lxcfs.path(), &other);
-        assert_ne!(lxcfs_dev(&other), dead);
+        let (second, over) = (serves.nth(1), entries.iter().position(is_over));
+        assert!(second.is_some() && second < over, "{}", lxcfs.supervisor.log());
     });
 }
 
@@ -190,7 +194,7 @@ fn lxcfs_dev(bare: &Bare) -> String {
 fn views_are_swept(lxcfs: &Supervised, thread: &Path) {
     let table = || fs::read_to_string(thread.join("mountinfo")).unwrap();
     assert_eq!(views(&table()).len(), ALWAYS.len());
-    lxcfs.signal_lxcfs(Signal::SIGKILL);
+    lxcfs.kill_for_good();
     eventually("the views are swept", || match views(&table()).as_slice() {
         [] => Ok(()),
         left => Err(format!("{left:?}")),
@@ -218,7 +222,7 @@ fn with_thread_in_copy(bare: &Bare, work: impl FnOnce(&Path)) {
 #[test]
 fn namespace_of_a_single_thread_is_swept() {
     isolated(|| {
-        let (lxcfs, bare) = (Supervised::start(&[]), Bare::start());
+        let (lxcfs, bare) = (Supervised::start_mortal(), Bare::start());
         inject(lxcfs.path(), &bare);
         with_thread_in_copy(&bare, |thread| views_are_swept(&lxcfs, thread));
     });
@@ -246,7 +250,7 @@ fn view_that_only_a_thread_has_is_probed() {
 #[test]
 fn namespace_of_an_exited_main_thread_is_swept() {
     isolated(|| {
-        let (lxcfs, bare) = (Supervised::start(&[]), Bare::start());
+        let (lxcfs, bare) = (Supervised::start_mortal(), Bare::start());
         inject(lxcfs.path(), &bare);
         let script = "import ctypes, platform, threading, time\n\
                       libc = ctypes.CDLL(None)\n\

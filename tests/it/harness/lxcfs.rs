@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -117,6 +118,9 @@ fn wait_until_serving(path: &Path, process: &Running) {
     });
 }
 
+/// The file that keeps lxcfs from starting.
+const REFUSED: &str = "refused";
+
 /// An lxcfs run by `kube-lxcfs lxcfs`.
 #[derive(Debug)]
 pub(crate) struct Supervised {
@@ -133,6 +137,29 @@ impl Supervised {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lxcfs");
         Supervised::with(path, dir, args)
+    }
+
+    /// One whose lxcfs [`Supervised::kill_for_good`] keeps from starting again.
+    pub(crate) fn start_mortal() -> Supervised {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, script) = (dir.path().join("lxcfs"), dir.path().join("bin/lxcfs"));
+        fs::create_dir(dir.path().join("bin")).unwrap();
+        let refuse = format!("[ ! -e {}/{REFUSED} ] || exit 3", dir.path().display());
+        fs::write(&script, format!("#!/bin/sh\n{refuse}\nexec lxcfs \"$@\"\n")).unwrap();
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o700)).unwrap();
+        let args = ["--lxcfs-bin", script.to_str().unwrap()];
+        Supervised::with(path, dir, &args)
+    }
+
+    /// Kills an lxcfs of [`Supervised::start_mortal`], which does not start again until
+    /// [`Supervised::revive`].
+    pub(crate) fn kill_for_good(&self) {
+        fs::write(self.dir.path().join(REFUSED), "").unwrap();
+        self.signal_lxcfs(Signal::SIGKILL);
+    }
+
+    pub(crate) fn revive(&self) {
+        fs::remove_file(self.dir.path().join(REFUSED)).unwrap();
     }
 
     /// At this path.

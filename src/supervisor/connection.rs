@@ -1,0 +1,303 @@
+//! The FUSE connection of an lxcfs that has exited: its readers wait for the recovery of the views.
+//!
+//! The kernel aborts a connection with its last descriptor, and from then on every read of a view
+//! is an error (ENOTCONN) until the view is removed. So the supervisor shares lxcfs's descriptor.
+//! Requests wait until their container is recovered. Then they are answered with ESTALE: the kernel
+//! resolves the path a second time (do_filp_open() in fs/namei.c, retry_estale()), and finds the
+//! view of the next lxcfs or the container's own file. A reader that had the file open gets an
+//! error, at once.
+
+use std::{
+    collections::HashSet,
+    io,
+    os::fd::{AsFd, OwnedFd},
+    time::Duration,
+};
+
+use rustix::{
+    fs::OFlags,
+    io::Errno,
+    process::{Pid, PidfdFlags, PidfdGetfdFlags},
+};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
+
+use super::DRAIN;
+use crate::sys::{
+    self, fuse,
+    mntns::{self, NamespaceId},
+    mountinfo::Dev,
+};
+
+/// The longest that a request waits.
+const MAX_WAIT: Duration = Duration::from_secs(5);
+/// The size of the buffer for a request. The kernel refuses one that is smaller than the largest
+/// write that lxcfs has agreed on, even of a read-only file system (fuse_dev_do_read(),
+/// fs/fuse/dev.c): 1 MiB with libfuse 3. Only what is used of it takes memory.
+const REQUEST_BYTES: usize = 4 << 20;
+
+/// The size of `struct fuse_in_header`, the start of a request (include/uapi/linux/fuse.h, as all
+/// below).
+const IN_HEADER: usize = 40;
+/// The size of `struct fuse_out_header`.
+const OUT_HEADER: u32 = 16;
+/// A notification: the kernel sends the requests again that lxcfs has read and not answered (kernel
+/// 6.9).
+const NOTIFY_RESEND: i32 = 7;
+
+/// A share in the connection of an lxcfs.
+#[derive(Debug)]
+pub(super) struct Connection {
+    device: OwnedFd,
+}
+
+impl Connection {
+    /// Shares the connection of the lxcfs with this pid and device.
+    ///
+    /// # Errors
+    /// Fails if the process has no descriptor of it, and with those of pidfd_open(2) and
+    /// pidfd_getfd(2).
+    pub(super) fn share(pid: Pid, dev: Dev) -> io::Result<Connection> {
+        let process = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
+        let descriptor = fuse::descriptor(pid.as_raw_nonzero().get(), dev)
+            .ok_or_else(|| io::Error::other("lxcfs has no descriptor of its connection"))?;
+        let flags = PidfdGetfdFlags::empty();
+        Ok(Connection { device: rustix::process::pidfd_getfd(process, descriptor, flags)? })
+    }
+
+    /// Answers the requests for an lxcfs that has exited until `over` is sent or dropped, and for
+    /// a short time after it: those from a mount namespace that was `recovered` do not wait for it.
+    ///
+    /// # Errors
+    /// Those of read(2) and epoll_ctl(2): readers get an error from then on.
+    pub(super) async fn answer(
+        self,
+        mut over: oneshot::Receiver<()>,
+        mut recovered: mpsc::UnboundedReceiver<Option<NamespaceId>>,
+    ) -> io::Result<Waited> {
+        let flags = rustix::fs::fcntl_getfl(&self.device)?;
+        rustix::fs::fcntl_setfl(&self.device, flags | OFlags::NONBLOCK)?;
+        let mut requests = Requests {
+            device: sys::async_fd(self.device, Interest::READABLE)?,
+            waiting: Vec::new(),
+            recovered: Recovered::default(),
+            waited: 0,
+        };
+        let mut buffer = vec![0; REQUEST_BYTES];
+        requests.resend();
+        let deadline = Instant::now() + MAX_WAIT;
+        let in_time = loop {
+            tokio::select! {
+                biased;
+                _ = &mut over => break true,
+                () = tokio::time::sleep_until(deadline) => break false,
+                Some(namespace) = recovered.recv() => {
+                    requests.recovered.namespaces.extend(namespace);
+                    requests.answer_waiting();
+                }
+                exists = requests.read(&mut buffer) => {
+                    if !exists? {
+                        break true;
+                    }
+                }
+            }
+        };
+        requests.recovered.all = true;
+        requests.answer_waiting();
+        let until = if in_time { Instant::now() + DRAIN } else { deadline + MAX_WAIT };
+        loop {
+            tokio::select! {
+                _ = &mut over, if !in_time => break,
+                () = tokio::time::sleep_until(until) => break,
+                exists = requests.read(&mut buffer) => {
+                    if !exists? {
+                        break;
+                    }
+                }
+            }
+        }
+        Ok(Waited { requests: requests.waited, in_time })
+    }
+}
+
+/// The mount namespaces whose views no longer come from the exited lxcfs.
+#[derive(Debug, Default)]
+struct Recovered {
+    all: bool,
+    namespaces: HashSet<NamespaceId>,
+}
+
+impl Recovered {
+    fn contains(&self, namespace: Option<NamespaceId>) -> bool {
+        self.all || namespace.is_some_and(|id| self.namespaces.contains(&id))
+    }
+}
+
+/// What readers experienced of a sweep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Waited {
+    /// The number of requests that waited.
+    pub(super) requests: usize,
+    /// The recovery was over within [`MAX_WAIT`]. If not, requests got an error from then on.
+    pub(super) in_time: bool,
+}
+
+/// What to do with a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    /// A path is resolved: the answer waits for the recovery.
+    Wait,
+    /// A descriptor is closed, which succeeds.
+    Done,
+    /// A descriptor is used that was opened before.
+    NotConnected,
+    /// The request with this number was interrupted by a signal.
+    Interrupt(u64),
+    /// The kernel expects none.
+    None,
+}
+
+/// A request of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Request {
+    unique: u64,
+    /// The process that it is for; 0 if it is none of our pid namespace.
+    pid: i32,
+    answer: Answer,
+}
+
+/// Parses a request. `None` if it is none.
+fn parse(request: &[u8]) -> Option<Request> {
+    let number = |at: usize| Some(u32::from_ne_bytes(*request.get(at..)?.first_chunk()?));
+    let long = |at: usize| Some(u64::from_ne_bytes(*request.get(at..)?.first_chunk()?));
+    let answer = match number(4)? {
+        // LOOKUP, GETATTR, READLINK, OPEN, STATFS, GETXATTR, LISTXATTR, OPENDIR, ACCESS, STATX
+        1 | 3 | 5 | 14 | 17 | 22 | 23 | 27 | 34 | 52 => Answer::Wait,
+        // RELEASE, FLUSH, RELEASEDIR
+        18 | 25 | 29 => Answer::Done,
+        // FORGET, BATCH_FORGET
+        2 | 42 => Answer::None,
+        // INTERRUPT
+        36 => Answer::Interrupt(long(IN_HEADER)?),
+        _ => Answer::NotConnected,
+    };
+    Some(Request { unique: long(8)?, pid: number(32)?.cast_signed(), answer })
+}
+
+struct Requests {
+    device: AsyncFd<OwnedFd>,
+    /// The numbers of those that wait, each with the mount namespace of its process.
+    waiting: Vec<(u64, Option<NamespaceId>)>,
+    recovered: Recovered,
+    /// How many have waited.
+    waited: usize,
+}
+
+impl Requests {
+    /// Waits for a request, and answers it if it need not wait. Returns whether the connection
+    /// still exists. Cancel safe.
+    async fn read(&mut self, buffer: &mut [u8]) -> io::Result<bool> {
+        let mut ready = self.device.readable().await?;
+        let length = match rustix::io::read(self.device.get_ref(), &mut *buffer) {
+            Ok(length) => length,
+            Err(Errno::AGAIN) => {
+                ready.clear_ready();
+                return Ok(true);
+            }
+            // The request was taken back in between.
+            Err(Errno::NOENT | Errno::INTR) => return Ok(true),
+            // Its last mount is detached, or it was aborted.
+            Err(Errno::NODEV) => return Ok(false),
+            Err(e) => return Err(e.into()),
+        };
+        let Some(Request { unique, pid, answer }) = parse(&buffer[..length]) else {
+            return Ok(true);
+        };
+        match answer {
+            Answer::Wait => {
+                let namespace = mntns::namespace_of(pid);
+                if self.recovered.contains(namespace) {
+                    self.send_error(unique, Errno::STALE);
+                } else {
+                    self.waiting.push((unique, namespace));
+                    self.waited += 1;
+                }
+            }
+            Answer::Done => self.send(unique, 0),
+            Answer::NotConnected => self.send_error(unique, Errno::NOTCONN),
+            Answer::Interrupt(interrupted) => {
+                self.waiting.retain(|(waiting, _)| *waiting != interrupted);
+                self.send_error(interrupted, Errno::INTR);
+            }
+            Answer::None => {}
+        }
+        Ok(true)
+    }
+
+    /// Makes the kernel resolve the paths of requests a second time whose namespace is recovered.
+    fn answer_waiting(&mut self) {
+        let answered = |(_, namespace): &mut (u64, _)| self.recovered.contains(*namespace);
+        let answered: Vec<_> = self.waiting.extract_if(.., answered).collect();
+        answered.into_iter().for_each(|(unique, _)| self.send_error(unique, Errno::STALE));
+    }
+
+    /// The requests that lxcfs had read come again. Older kernels keep them: their readers get an
+    /// error when the connection ends.
+    fn resend(&self) {
+        self.send(0, NOTIFY_RESEND);
+    }
+
+    fn send_error(&self, unique: u64, error: Errno) {
+        self.send(unique, -error.raw_os_error());
+    }
+
+    /// Sends a `struct fuse_out_header`. Fails if the request was taken back, which is no matter.
+    fn send(&self, unique: u64, error: i32) {
+        let mut header = [0; OUT_HEADER as usize];
+        header[..4].copy_from_slice(&OUT_HEADER.to_ne_bytes());
+        header[4..8].copy_from_slice(&error.to_ne_bytes());
+        header[8..].copy_from_slice(&unique.to_ne_bytes());
+        let _ = rustix::io::write(self.device.get_ref().as_fd(), &header);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(opcode: u32, unique: u64, body: u64) -> Vec<u8> {
+        let mut request = vec![0; IN_HEADER];
+        request[4..8].copy_from_slice(&opcode.to_ne_bytes());
+        request[8..16].copy_from_slice(&unique.to_ne_bytes());
+        request[32..36].copy_from_slice(&5u32.to_ne_bytes());
+        request.extend(body.to_ne_bytes());
+        request
+    }
+
+    #[test]
+    fn requests_by_path_wait() {
+        for (opcode, expected) in [
+            (1, Answer::Wait),
+            (14, Answer::Wait),
+            (15, Answer::NotConnected),
+            (25, Answer::Done),
+            (36, Answer::Interrupt(9)),
+            (42, Answer::None),
+            (1000, Answer::NotConnected),
+        ] {
+            let parsed = parse(&request(opcode, 7, 9));
+            assert_eq!(parsed, Some(Request { unique: 7, pid: 5, answer: expected }), "{opcode}");
+        }
+    }
+
+    #[test]
+    fn short_requests_are_ignored() {
+        let whole = request(36, 7, 9);
+        for length in 0..whole.len() {
+            assert_eq!(parse(&whole[..length]), None, "{length}");
+        }
+    }
+}
