@@ -1,10 +1,14 @@
 //! The agent's HTTP endpoints: `/healthz`, `/readyz`, `/metrics`, `/status`, and `/`, which lists
 //! them. Every response of these four needs the agent's loop, so that each reports a loop that is
-//! stuck.
+//! stuck. Over HTTPS, clients that the API server authenticates and authorizes get all but
+//! `/readyz`.
 
 mod connections;
+mod reviews;
+mod tls;
 
 use std::{
+    fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
@@ -14,6 +18,7 @@ use axum::{
     Router,
     extract::{ConnectInfo, RawQuery, State, connect_info::Connected},
     http::{HeaderMap, StatusCode, header},
+    middleware,
     response::{IntoResponse, Response},
     routing::get,
     serve::IncomingStream,
@@ -25,7 +30,12 @@ use tokio::{
     sync::{Mutex, mpsc, oneshot},
 };
 
-use self::connections::BoundedListener;
+pub use self::tls::{CertificateFiles, Error};
+use self::{
+    connections::BoundedListener,
+    reviews::Reviewer,
+    tls::{Certificate, TlsListener},
+};
 use crate::{
     lxcfs::Finder,
     model::{
@@ -119,6 +129,34 @@ impl Peer {
     }
 }
 
+/// HTTPS, for clients that the API server authenticates and authorizes.
+pub struct Secure {
+    listener: TlsListener,
+    reviewer: Reviewer,
+}
+
+impl fmt::Debug for Secure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Secure").finish_non_exhaustive()
+    }
+}
+
+impl Secure {
+    /// With the certificate of these files, or with a self-signed one. The files are read again for
+    /// each connection.
+    ///
+    /// # Errors
+    /// Fails if the files are not readable, or not a certificate and its key.
+    pub fn new(
+        listener: TcpListener,
+        files: Option<CertificateFiles>,
+        client: kube::Client,
+    ) -> Result<Secure, Error> {
+        let listener = TlsListener::new(listener, Certificate::new(files)?);
+        Ok(Secure { listener, reviewer: Reviewer::new(client) })
+    }
+}
+
 /// Listens. On a kernel without IPv6 (`ipv6.disable=1`), `::` is `0.0.0.0`.
 ///
 /// # Errors
@@ -144,19 +182,34 @@ fn without_ipv6(address: SocketAddr, error: &std::io::Error) -> Option<SocketAdd
 ///
 /// # Errors
 /// Fails if the threads of `/status` cannot be started.
-pub async fn serve(listener: TcpListener, state: AppState) -> std::io::Result<()> {
+pub async fn serve(
+    listener: TcpListener,
+    secure: Option<Secure>,
+    state: AppState,
+) -> std::io::Result<()> {
     let workers = Workers::start(STATUS_THREADS, STATUS_DEADLINE)?;
     let status =
         Status { app: state.clone(), workers, last: Mutex::default(), counted: Arc::default() };
-    let views = Router::new().route("/status", get(self::status)).route("/metrics", get(metrics));
+    let (state, status) = (Arc::new(state), Arc::new(status));
+    let views =
+        Router::new().route("/status", get(loopback_status)).route("/metrics", get(metrics));
     let router = Router::new()
         .route("/", get(ENDPOINTS))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
-        .with_state(Arc::new(state))
-        .merge(views.with_state(Arc::new(status)));
+        .with_state(state.clone())
+        .merge(views.with_state(status.clone()));
     let service = router.into_make_service_with_connect_info::<Peer>();
-    axum::serve(BoundedListener::new(listener), service).await
+    let plain = async { axum::serve(BoundedListener::new(listener), service).await };
+    let Some(Secure { listener, reviewer }) = secure else { return plain.await };
+    let views = Router::new().route("/status", get(self::status)).route("/metrics", get(metrics));
+    let router = Router::new()
+        .route("/healthz", get(healthz))
+        .with_state(state)
+        .merge(views.with_state(status))
+        .route_layer(middleware::from_fn_with_state(Arc::new(reviewer), reviews::authorize));
+    let secure = async { axum::serve(listener, router).await };
+    tokio::try_join!(plain, secure).map(|_| ())
 }
 
 /// Serves `/metrics` and `/healthz` of the supervisor until it fails.
@@ -236,13 +289,17 @@ async fn metrics(State(status): State<Arc<Status>>, headers: HeaderMap) -> Respo
     exposition(&headers, |format| metrics.text(format))
 }
 
-async fn status(
-    State(status): State<Arc<Status>>,
+async fn loopback_status(
+    status: State<Arc<Status>>,
     ConnectInfo(peer): ConnectInfo<Peer>,
 ) -> Response {
     if !peer.is_loopback() {
         return (StatusCode::FORBIDDEN, LOOPBACK_ONLY).into_response();
     }
+    self::status(status).await
+}
+
+async fn status(State(status): State<Arc<Status>>) -> Response {
     let mut last = status.last.lock().await;
     if let Some((at, rows)) = &*last
         && at.elapsed() < STATUS_TTL

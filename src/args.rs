@@ -205,6 +205,8 @@ pub struct AgentArgs {
     /// Address of /healthz, /readyz, /metrics and /status. [::] serves IPv4 too.
     #[arg(long, env = "KUBE_LXCFS_LISTEN", value_name = "IP:PORT", default_value = "[::]:9808")]
     pub listen: SocketAddr,
+    #[command(flatten)]
+    pub secure: SecureArgs,
     /// Inject by default unless an annotation or label opts out.
     #[arg(long, env = "KUBE_LXCFS_INJECT_BY_DEFAULT")]
     pub inject_by_default: bool,
@@ -231,6 +233,27 @@ pub struct AgentArgs {
         value_parser = clap::value_parser!(u16).range(1..=64)
     )]
     pub workers: Option<u16>,
+}
+
+/// The agent's flags for HTTPS.
+#[derive(Clone, Debug, Args)]
+pub struct SecureArgs {
+    /// Address of /healthz, /metrics and /status over HTTPS, for clients whose bearer token and
+    /// path the API server allows [default: none].
+    #[arg(long, env = "KUBE_LXCFS_SECURE_LISTEN", value_name = "IP:PORT")]
+    pub secure_listen: Option<SocketAddr>,
+    /// PEM file of the certificate of --secure-listen; read again for each connection [default: a
+    /// self-signed certificate].
+    #[arg(
+        long,
+        env = "KUBE_LXCFS_TLS_CERT_FILE",
+        value_name = "FILE",
+        requires_all = ["secure_listen", "tls_key_file"]
+    )]
+    pub tls_cert_file: Option<PathBuf>,
+    /// PEM file of the certificate's key.
+    #[arg(long, env = "KUBE_LXCFS_TLS_KEY_FILE", value_name = "FILE", requires = "tls_cert_file")]
+    pub tls_key_file: Option<PathBuf>,
 }
 
 impl AgentArgs {

@@ -7,12 +7,12 @@ use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
 
 use super::{check, unsupported, workers};
 use crate::{
-    admin::{self, AppState},
+    admin::{self, AppState, CertificateFiles, Secure},
     agent::{
         self, Dependencies, Inputs,
         state::{State, StateConfig},
     },
-    args::{AgentArgs, Common, CriEvents, PodSource},
+    args::{AgentArgs, Common, CriEvents, PodSource, SecureArgs},
     lxcfs::{Finder, SharedLxcfs, Watcher},
     model::pod::Update,
     node,
@@ -42,11 +42,11 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     check::require_capabilities()?;
     let scope = args.scope();
     let selects_namespaces = scope.namespace_selector.is_some();
-    if selects_namespaces && args.pods_from == PodSource::Cri {
-        bail!("--namespace-selector needs --pods-from kubernetes: the runtime knows no namespaces");
+    if args.pods_from == PodSource::Cri {
+        refuse_flags_of_api_server(&args)?;
     }
     if let Err(missing) = syscalls::verify_syscalls(Purpose::Mount) {
-        return unsupported::run_agent(missing, common, args.listen).await;
+        return unsupported::run_agent(missing, common, args.listen, args.secure).await;
     }
     let lxcfs_path = common.lxcfs_path.clone();
     let cri = CriClient::new(common.cri_endpoint, common.host_root.clone());
@@ -63,7 +63,7 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     let lxcfs_watcher =
         Watcher::new(finder.clone(), workers.clone()).context("failed to watch the mount table")?;
     watchers.spawn("the watch of lxcfs", lxcfs_watcher.run(lxcfs_changes_tx));
-    let events = match args.pods_from {
+    let (events, client) = match args.pods_from {
         PodSource::Kubernetes => {
             let level = args.events;
             let watched = watch_api_server(
@@ -81,7 +81,7 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
                 "the watch of pod sandboxes",
                 cri::watch(cri.clone(), updates_tx.clone(), metrics.clone()),
             );
-            Events::to_log()
+            (Events::to_log(), None)
         }
     };
     let cri_is_used = common.pid_from != PidSource::Proc || args.pods_from == PodSource::Cri;
@@ -92,6 +92,7 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     let version = env!("CARGO_PKG_VERSION");
     tracing::info!(version, lxcfs = %lxcfs_path.display(), "agent started");
     let listener = listen(args.listen).await?;
+    let secure = listen_secure(args.secure, client).await?;
     let app = AppState {
         snapshots: snapshots_tx,
         metrics: metrics.clone(),
@@ -130,7 +131,7 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
         stopped = watchers.stopped() => return Err(stopped),
         stopped = run_nri(args.nri, nri_socket, nri_outputs) => stopped?,
         never = checks => match never {},
-        stopped = admin::serve(listener, app) => stopped.context("failed to serve HTTP")?,
+        stopped = admin::serve(listener, secure, app) => stopped.context("failed to serve HTTP")?,
     }
     // The last of the two pods removes the volume; lxcfs's pod does this too.
     if let Err(e) = volume::remove_if_unused(&lxcfs_path) {
@@ -139,8 +140,18 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+fn refuse_flags_of_api_server(args: &AgentArgs) -> Result<()> {
+    if args.namespace_selector.is_some() {
+        bail!("--namespace-selector needs --pods-from kubernetes: the runtime knows no namespaces");
+    }
+    if args.secure.secure_listen.is_some() {
+        bail!("--secure-listen needs --pods-from kubernetes: the API server reviews the tokens");
+    }
+    Ok(())
+}
+
 /// Watches pods and namespaces at the API server: those with the label, or all. Returns where
-/// Events go.
+/// Events go, and the client.
 async fn watch_api_server(
     node_name: Option<String>,
     all_namespaces: bool,
@@ -148,14 +159,11 @@ async fn watch_api_server(
     updates: &mpsc::Sender<Update>,
     metrics: &Arc<Metrics>,
     watchers: &mut Watchers,
-) -> Result<Events> {
+) -> Result<(Events, Option<kube::Client>)> {
     let node = node_name
         .filter(|name| !name.is_empty())
         .context("unknown node name; set --node-name or NODE_NAME")?;
-    let client = kube::Client::try_default().await.context(
-        "failed to configure the API server's client; \
-         run in a pod with a service account, set KUBECONFIG, or use --pods-from cri",
-    )?;
+    let client = api_client().await?;
     watchers.spawn(
         "the watch of pods",
         kubernetes::watch_pods(client.clone(), node.clone(), updates.clone(), metrics.clone()),
@@ -169,9 +177,16 @@ async fn watch_api_server(
             metrics.clone(),
         ),
     );
-    let (events, publisher) = Events::to_pods(client, node, level, metrics.clone());
+    let (events, publisher) = Events::to_pods(client.clone(), node, level, metrics.clone());
     watchers.spawn("the publisher of Events", publisher);
-    Ok(events)
+    Ok((events, Some(client)))
+}
+
+pub(super) async fn api_client() -> Result<kube::Client> {
+    kube::Client::try_default().await.context(
+        "failed to configure the API server's client; \
+         run in a pod with a service account, set KUBECONFIG, or use --pods-from cri",
+    )
 }
 
 async fn listen(address: SocketAddr) -> Result<TcpListener> {
@@ -180,6 +195,25 @@ async fn listen(address: SocketAddr) -> Result<TcpListener> {
     })?;
     tracing::info!(http_address = %listener.local_addr().unwrap_or(address), "serving HTTP");
     Ok(listener)
+}
+
+/// Listens at `--secure-listen`, if it is set. The client reviews tokens.
+pub(super) async fn listen_secure(
+    args: SecureArgs,
+    client: Option<kube::Client>,
+) -> Result<Option<Secure>> {
+    let (Some(address), Some(client)) = (args.secure_listen, client) else { return Ok(None) };
+    let listener = admin::listen(address).await.with_context(|| {
+        format!("failed to listen on {address}; set --secure-listen to another address")
+    })?;
+    let files = args.tls_cert_file.zip(args.tls_key_file);
+    let files = files.map(|(certificate, key)| CertificateFiles { certificate, key });
+    let local = listener.local_addr().unwrap_or(address);
+    let secure = Secure::new(listener, files, client).context(
+        "failed to serve HTTPS; set --tls-cert-file and --tls-key-file to a usable pair",
+    )?;
+    tracing::info!(https_address = %local, "serving HTTPS");
+    Ok(Some(secure))
 }
 
 async fn run_nri(

@@ -9,10 +9,10 @@ use tokio::{
     sync::mpsc,
 };
 
-use super::DEADLINE;
+use super::{DEADLINE, agent};
 use crate::{
     admin::{self, AppState},
-    args::Common,
+    args::{Common, SecureArgs},
     lxcfs::Finder,
     model::status::{Snapshot, SnapshotRequest},
     mount::Workers,
@@ -25,6 +25,7 @@ pub(super) async fn run_agent(
     missing: MissingSyscalls,
     common: Common,
     listen: SocketAddr,
+    secure: SecureArgs,
 ) -> Result<ExitCode> {
     report(&missing);
     let (snapshots, mut requests) = mpsc::channel::<SnapshotRequest>(1);
@@ -46,9 +47,14 @@ pub(super) async fn run_agent(
     };
     let listener = admin::listen(listen).await.context("failed to listen; set --listen")?;
     tracing::info!(http_address = %listener.local_addr().unwrap_or(listen), "serving HTTP");
+    let client = match secure.secure_listen {
+        Some(_) => Some(agent::api_client().await?),
+        None => None,
+    };
+    let secure = agent::listen_secure(secure, client).await?;
     tokio::select! {
         () = reply => {}
-        served = admin::serve(listener, app) => served.context("failed to serve HTTP")?,
+        served = admin::serve(listener, secure, app) => served.context("failed to serve HTTP")?,
         shutdown = shutdown() => shutdown?,
     }
     Ok(ExitCode::SUCCESS)

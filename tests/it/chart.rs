@@ -126,6 +126,7 @@ const CHANGED: &[&str] = &[
     "serviceMonitor.enabled=true,prometheusRule.enabled=true,dashboard.enabled=true,\
      networkPolicy.enabled=true",
     EVENT_POLICY,
+    "agent.secureListen=[::]:9810,networkPolicy.enabled=true",
 ];
 
 const DIGESTS: &str = "image.digest=\
@@ -324,6 +325,26 @@ fn event_policy_has_known_fields_only() {
 }
 
 #[test]
+fn secure_listener_adds_port_and_rules() {
+    let render = |values: &str| stdout(&template(&["--set", values]));
+    let plain = render("networkPolicy.enabled=true");
+    let secure = render("networkPolicy.enabled=true,agent.secureListen=0.0.0.0:9810");
+    for added in [
+        "            - name: https\n              containerPort: 9810\n",
+        "        - port: 9810\n          protocol: TCP\n",
+        "- name: KUBE_LXCFS_SECURE_LISTEN\n              value: \"0.0.0.0:9810\"\n",
+        "    resources: [tokenreviews]\n    verbs: [create]\n",
+        "    resources: [subjectaccessreviews]\n    verbs: [create]\n",
+    ] {
+        assert_eq!(secure.matches(added).count(), 1, "{added}");
+        assert!(!plain.contains(added), "{added}");
+    }
+    let without_api = template(&["--set", "agent.secureListen=[::]:1,agent.podsFrom=cri"]);
+    let error = stderr(&without_api);
+    assert!(error.contains("agent.secureListen needs agent.podsFrom=kubernetes"), "{error}");
+}
+
+#[test]
 fn agent_without_api_server_has_no_token() {
     let rendered = stdout(&template(&["--set", "agent.podsFrom=cri"]));
     for absent in ["kind: ServiceAccount", "kind: ClusterRole", "serviceAccountName: x-kube-lxcfs"]
@@ -364,6 +385,8 @@ fn schema_rejects_unknown_and_malformed_values() {
         ("agent.listenAddress=[::1]", "'/agent/listenAddress'"),
         ("agent.listenAddress=localhost", "'/agent/listenAddress'"),
         ("agent.port=99999", "'/agent/port'"),
+        ("agent.secureListen=9810", "'/agent/secureListen'"),
+        ("agent.secureListen=::1:9810", "'/agent/secureListen'"),
         ("lxcfs.watchdog=soon", "'/lxcfs/watchdog'"),
         ("nonsense=1", "'nonsense' not allowed"),
         ("lxcfs.hostManagedPath=/srv/", "'/lxcfs/hostManagedPath'"),

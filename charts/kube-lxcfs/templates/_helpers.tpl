@@ -144,6 +144,11 @@ labels:
 {{- ternary (printf "[%s]" $address) $address (contains ":" $address) }}:{{ .Values.agent.port -}}
 {{- end }}
 
+{{- /* Port of the agent's HTTPS, or nothing */ -}}
+{{- define "kube-lxcfs.securePort" -}}
+{{- regexFind "[0-9]+$" .Values.agent.secureListen -}}
+{{- end }}
+
 {{- /* Port and host of the agent's probes; the default host is the pod's address. A listener on ::
 serves IPv4 too. */ -}}
 {{- define "kube-lxcfs.probeTarget" -}}

@@ -1,14 +1,15 @@
 //! The agent, and its HTTP endpoints.
 
 use std::{
-    io::Read,
+    io::{Read, Write},
     path::Path,
+    process::Stdio,
     sync::atomic::{AtomicU32, Ordering},
 };
 
 use serde_json::Value;
 
-use super::{Running, eventually, kube_lxcfs};
+use super::{Running, eventually, kube_lxcfs, program, stderr, stdout};
 
 /// Runs the agent until the end of the test, with a JSON log.
 pub(crate) fn agent(dir: &Path, args: &[&str], env: &[(&str, &str)]) -> Running {
@@ -28,9 +29,18 @@ pub(crate) fn agent(dir: &Path, args: &[&str], env: &[(&str, &str)]) -> Running 
 
 /// The address that an agent listens on.
 pub(crate) fn http_address(agent: &Running) -> String {
+    logged_address(agent, "http_address")
+}
+
+/// The address of its HTTPS.
+pub(crate) fn https_address(agent: &Running) -> String {
+    logged_address(agent, "https_address")
+}
+
+fn logged_address(agent: &Running, field: &str) -> String {
     eventually("the agent listens", || {
         let entries = agent.entries();
-        let address = entries.iter().find_map(|entry| entry["http_address"].as_str());
+        let address = entries.iter().find_map(|entry| entry[field].as_str());
         address.map(str::to_owned).ok_or_else(|| agent.log())
     })
 }
@@ -50,11 +60,35 @@ pub(crate) fn get_from(address: &str, path: &str) -> (u16, String) {
 pub(crate) fn response(address: &str, path: &str, accept: &str) -> (String, String) {
     let mut stream = std::net::TcpStream::connect(address).unwrap();
     let request = format!("GET {path} HTTP/1.0\r\nHost: x\r\nAccept: {accept}\r\n\r\n");
-    std::io::Write::write_all(&mut stream, request.as_bytes()).unwrap();
+    stream.write_all(request.as_bytes()).unwrap();
     let mut response = String::new();
     stream.read_to_string(&mut response).unwrap();
     let (head, body) = response.split_once("\r\n\r\n").unwrap();
     (format!("{head}\r\n"), body.to_owned())
+}
+
+/// The status and the body of a response over TLS to a client with this token and these options of
+/// `openssl s_client`.
+pub(crate) fn get_secure(
+    address: &str,
+    path: &str,
+    token: Option<&str>,
+    options: &[&str],
+) -> Result<(u16, String), String> {
+    let authorization =
+        token.map_or_else(String::new, |t| format!("Authorization: Bearer {t}\r\n"));
+    let request = format!("GET {path} HTTP/1.0\r\nHost: x\r\n{authorization}\r\n");
+    let mut client = program("openssl");
+    client.args(["s_client", "-quiet", "-connect", address]).args(options);
+    client.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut client = client.spawn().unwrap();
+    let _ = client.stdin.take().unwrap().write_all(request.as_bytes());
+    let output = client.wait_with_output().unwrap();
+    let response = stdout(&output);
+    let Some((head, body)) = response.split_once("\r\n\r\n") else {
+        return Err(stderr(&output));
+    };
+    Ok((head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned()))
 }
 
 /// The value of a metric, given as `name{labels}`, without the prefix. 0 if it has no value yet.

@@ -20,6 +20,8 @@ use super::{Running, cache, eventually, program, stderr, stdout};
 
 const ADMIN: &str = "admin-token";
 const AGENT: &str = "agent-token";
+/// The token of a user without any rights, in the group `viewers`.
+pub(crate) const VIEWER: &str = "viewer-token";
 
 /// What the agent may do, and nothing more.
 const RBAC: &str = r#"
@@ -71,8 +73,10 @@ impl Cluster {
     pub(crate) fn start() -> Cluster {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
-        fs::write(at("tokens"), format!("{ADMIN},admin,1,system:masters\n{AGENT},kube-lxcfs,2\n"))
-            .unwrap();
+        let tokens = format!(
+            "{ADMIN},admin,1,system:masters\n{AGENT},kube-lxcfs,2\n{VIEWER},viewer,3,viewers\n"
+        );
+        fs::write(at("tokens"), tokens).unwrap();
         let keyed = program("openssl")
             .args(["genrsa", "-out"])
             .arg(at("sa.key"))
@@ -113,10 +117,15 @@ impl Cluster {
         cluster.up();
         cluster.write_kubeconfig("admin", ADMIN);
         cluster.write_kubeconfig("agent", AGENT);
-        let list = at_path(&cluster.dir, "rbac.yaml");
-        fs::write(&list, RBAC).unwrap();
-        cluster.kubectl(&["apply", "-f", list.to_str().unwrap()]);
+        cluster.apply(RBAC);
         cluster
+    }
+
+    /// Applies manifests as the administrator.
+    pub(crate) fn apply(&self, manifests: &str) {
+        let file = at_path(&self.dir, "applied.yaml");
+        fs::write(&file, manifests).unwrap();
+        self.kubectl(&["apply", "-f", file.to_str().unwrap()]);
     }
 
     /// Starts the API server (again), with the same state at the same port.
@@ -246,7 +255,7 @@ fn at_path(dir: &TempDir, name: &str) -> PathBuf {
 
 /// Pods of a node `n1` in the namespace `default`, whose containers the test has made.
 pub(crate) struct Pods {
-    cluster: Cluster,
+    pub(crate) cluster: Cluster,
     runtime: tokio::runtime::Runtime,
     api: Api<Pod>,
 }
