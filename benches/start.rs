@@ -27,7 +27,9 @@ use harness::*;
 const FIRST: &str =
     "head -1 /proc/meminfo; cut -d' ' -f1 /proc/uptime; cat /sys/devices/system/cpu/online";
 /// How many pods in a row before the agent is started or stopped.
-const TURN: usize = 25;
+const TURN: usize = 50;
+/// The time for the agent to finish what it does at its start.
+const SETTLE: Duration = Duration::from_secs(2);
 
 fn own(output: &str) -> bool {
     let own_memory = output.starts_with(&format!("MemTotal:{:>15} kB\n", MEMORY_MIB << 10));
@@ -44,9 +46,8 @@ fn agent_of(dir: &Path, containerd: &Containerd, lxcfs: &str, nri: bool) -> Runn
     let agent = agent(dir, &[&args[..], &["--lxcfs-path", lxcfs]].concat(), &[]);
     if nri {
         eventually_true("the plugin is registered", || agent.logged(&[("nri", "registered")]) == 1);
-    } else {
-        std::thread::sleep(Duration::from_millis(500));
     }
+    std::thread::sleep(SETTLE);
     agent
 }
 

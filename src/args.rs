@@ -143,12 +143,12 @@ pub enum Command {
     },
     /// Act as an OCI runtime hook (createRuntime or prestart), for runtimes without NRI. Read the
     /// container's state from stdin and inject the view if its annotations request one. The
-    /// exit status is always 0, so that the container starts.
+    /// exit code is always 0, so that the container starts.
     Hook(HookArgs),
     /// Probe one view file, for another kube-lxcfs.
     #[command(hide = true)]
     Probe(ProbeArgs),
-    /// Check prerequisites and suggest fixes. The exit status is 1 if a check fails.
+    /// Check prerequisites and suggest fixes. The exit code is 1 if a check fails.
     Check {
         /// NRI socket of the runtime.
         #[arg(
@@ -391,7 +391,7 @@ pub struct TargetOrAll {
 /// Parses the arguments of this process.
 ///
 /// # Errors
-/// The exit status, after help, version or a usage error was printed.
+/// The exit code, after help, version or a usage error was printed.
 pub fn parse() -> Result<Cli, ExitCode> {
     Cli::try_parse().map_err(|e| {
         let _ = e.print();

@@ -69,9 +69,17 @@ impl Reconciler {
                 let id = id.clone();
                 tx.send(Message::OperationFinished { id, desired, completion, elapsed })
             };
+            let mut process = None;
             // Without a permit: a hung lxcfs must not keep removals from starting.
             let lxcfs = if with_lxcfs {
-                let Acquired { lxcfs, searched } = lxcfs.acquire().await;
+                // While a thread searches for lxcfs, there is time for the process.
+                let during_search = async {
+                    if blocks_start {
+                        process = Some(runtime.process(&id, pid).await);
+                    }
+                };
+                let (Acquired { lxcfs, searched }, ()) =
+                    tokio::join!(lxcfs.acquire(), during_search);
                 if searched {
                     let found = lxcfs.as_ref().map(drop).map_err(Arc::clone);
                     let _ = tx.send(Message::LxcfsSearched { generation, found }).await;
@@ -89,7 +97,11 @@ impl Reconciler {
             let permit = permits.acquire_owned().await;
             let started = Instant::now();
             let task = Task::Reconcile { desired, lxcfs, adopt };
-            let (completion, pending) = match runtime.process(&id, pid).await {
+            let process = match process {
+                Some(process) => process,
+                None => runtime.process(&id, pid).await,
+            };
+            let (completion, pending) = match process {
                 Err(e) => (e.into(), None),
                 Ok(process) => match mount::reconcile(&workers, process, task).await {
                     Ok(reconciled) => (reconciled.into(), None),

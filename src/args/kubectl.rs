@@ -100,7 +100,7 @@ pub enum PluginCommand {
         #[command(flatten)]
         output: FormatArg,
     },
-    /// Show the views of the namespace's pods, of one node, or of all nodes. The exit status is 1
+    /// Show the views of the namespace's pods, of one node, or of all nodes. The exit code is 1
     /// if an agent did not respond.
     Status {
         /// Show the pods of all namespaces on this node.
@@ -112,7 +112,7 @@ pub enum PluginCommand {
         #[command(flatten)]
         output: FormatArg,
     },
-    /// Check the prerequisites of a node, in its agent's pod. The exit status is 1 if a check
+    /// Check the prerequisites of a node, in its agent's pod. The exit code is 1 if a check
     /// fails.
     Check {
         /// The node.

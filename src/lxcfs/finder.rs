@@ -163,7 +163,8 @@ impl Finder {
     }
 }
 
-/// Whether the lxcfs whose files are held is mounted at `path`, and responds. Blocks if it hangs.
+/// Whether the lxcfs whose files are held is mounted at `path`, and responds. It must answer an
+/// open; its supervisor also reads. Blocks if it hangs.
 fn still_serves(path: &Path, Found { files, supervised }: &Found) -> bool {
     let Some(uptime) = files.files.get(&ViewFile::Uptime) else { return false };
     supervised.is_some()
@@ -173,7 +174,7 @@ fn still_serves(path: &Path, Found { files, supervised }: &Found) -> bool {
             OFlags::RDONLY | OFlags::CLOEXEC,
             Mode::empty(),
         )
-        .is_ok_and(|uptime| read_some(uptime).is_ok())
+        .is_ok()
 }
 
 /// Opens the view files of the lxcfs at `path`, and reads one. Blocks if lxcfs hangs. Does not open
@@ -275,12 +276,8 @@ fn probe(root: &impl std::os::fd::AsFd) -> std::io::Result<()> {
         OFlags::RDONLY | OFlags::CLOEXEC,
         Mode::empty(),
     )?;
-    read_some(uptime)
-}
-
-fn read_some(file: OwnedFd) -> std::io::Result<()> {
     let mut text = [0; 64];
-    match std::fs::File::from(file).read(&mut text)? {
+    match std::fs::File::from(uptime).read(&mut text)? {
         0 => Err(std::io::Error::other("it is empty")),
         _ => Ok(()),
     }

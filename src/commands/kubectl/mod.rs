@@ -106,6 +106,7 @@ struct Desired {
     files: String,
     state: String,
     why: Option<String>,
+    reason: Option<String>,
 }
 
 /// The observed view files in words: `none`, or the number in each state.
