@@ -136,7 +136,7 @@ impl Recovered {
     }
 }
 
-/// What readers experienced of a sweep.
+/// What readers experienced of a recovery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Waited {
     /// The number of requests that waited.
