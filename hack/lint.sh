@@ -45,7 +45,8 @@ for rule in json.load(sys.stdin)["syscalls"]: print(*rule["names"])' <$profiles/
 # Comments and documents, without generated files. Ignored words: a keyword and a module of Rust,
 # names of types, a permission of AppArmor, a product and a variable.
 check_spelling() {
-    codespell --skip '*.svg,*.json' --ignore-words-list crate,ser,inflight,atleast,keypair,readby,aks,nd \
+    local ignored=crate,ser,inflight,atleast,keypair,readby,aks,nd
+    codespell --skip '*.svg,*.json' --ignore-words-list "$ignored" \
         ./*.md Makefile Dockerfile Cargo.toml .ci .github benches charts docs hack manifests \
         src tests
 }
