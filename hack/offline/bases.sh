@@ -24,10 +24,9 @@ exists() { buildah_ images --quiet "$1" >/dev/null 2>&1; }
 debootstrap() {
     local packages
     packages=$(IFS=, && echo "${*:2}")
-    foreign "$architecture" mmdebstrap --quiet --variant=minbase --include="$packages" \
-        --architectures="$architecture" trixie "$1" "$mirror"
     # A user namespace cannot make device nodes.
-    tar --delete -f "$1" --wildcards './dev/*'
+    foreign "$architecture" mmdebstrap --quiet --variant=minbase --include="$packages" \
+        --skip=output/dev --architectures="$architecture" trixie "$1" "$mirror"
 }
 
 make_debian() {
