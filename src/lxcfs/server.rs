@@ -3,7 +3,7 @@
 
 use std::{
     io::{BufRead, BufReader, Read},
-    os::unix::{ffi::OsStrExt, fs::MetadataExt},
+    os::unix::ffi::OsStrExt,
     path::Path,
 };
 
@@ -12,6 +12,7 @@ use crate::{
     mount::observe::LXCFS_FSTYPE,
     sys::{
         fuse::{self, Holder, Search},
+        mntns,
         mountinfo::Dev,
         process::Process,
     },
@@ -133,9 +134,8 @@ fn enabled_by(arguments: &[Vec<u8>]) -> Enabled {
 /// detached, and its device where the kernel reports it. An lxcfs of another mount namespace serves
 /// another path of the same name. Blocks.
 pub fn processes_serving(path: &Path) -> Vec<(Process, Option<Dev>)> {
-    let own = mount_namespace("self");
-    let ours =
-        |pid: i32| own.is_some() && mount_namespace(&pid.to_string()) == own && !is_supervisor(pid);
+    let own = mntns::namespace_of("self");
+    let ours = |pid: i32| own.is_some() && mntns::namespace_of(pid) == own && !is_supervisor(pid);
     let Search { holders, complete } = fuse::search(ours, |_| false);
     if !complete {
         tracing::warn!(cause = %IncompleteSearch, "a predecessor may still run");
@@ -189,10 +189,10 @@ fn start_time(pid: i32) -> Option<u64> {
 fn is_supervised(pid: i32) -> bool {
     let stat = |pid| procfs::process::Process::new(pid).and_then(|p| p.stat()).ok();
     let parent = stat(pid).and_then(|child| stat(child.ppid));
-    let namespace = mount_namespace(&pid.to_string());
+    let namespace = mntns::namespace_of(pid);
     namespace.is_some()
         && parent.is_some_and(|parent| {
-            parent.comm == SUPERVISOR && mount_namespace(&parent.pid.to_string()) == namespace
+            parent.comm == SUPERVISOR && mntns::namespace_of(parent.pid) == namespace
         })
 }
 
@@ -200,10 +200,6 @@ fn is_supervised(pid: i32) -> bool {
 fn is_supervisor(pid: i32) -> bool {
     let comm = std::fs::read(format!("/proc/{pid}/comm"));
     comm.is_ok_and(|comm| comm.strip_suffix(b"\n") == Some(SUPERVISOR.as_bytes()))
-}
-
-fn mount_namespace(pid: &str) -> Option<(u64, u64)> {
-    std::fs::metadata(format!("/proc/{pid}/ns/mnt")).map(|m| (m.dev(), m.ino())).ok()
 }
 
 #[cfg(test)]

@@ -51,7 +51,7 @@ const MAX_LOCK_INTERVAL: Duration = Duration::from_millis(50);
 /// so that an injection sends lxcfs no request.
 ///
 /// An open descriptor keeps the lxcfs mount busy: drop it with the last operation, or `umount` by
-/// lxcfs's owner fails.
+/// lxcfs's owner fails. A supervisor's does not.
 #[derive(Clone, Debug)]
 pub struct LxcfsFiles {
     pub dev: Dev,

@@ -1,14 +1,14 @@
 //! The mount namespaces of this node, each by a process or thread that is in it.
 
-use std::{collections::HashSet, io, os::unix::fs::MetadataExt, sync::Arc};
+use std::{collections::HashSet, fmt::Display, io, os::unix::fs::MetadataExt, sync::Arc};
 
 use super::process::{Process, ProcessError};
 
 /// The device and inode number of a mount namespace.
 pub type NamespaceId = (u64, u64);
 
-/// The mount namespace of a process, if it runs.
-pub fn namespace_of(pid: i32) -> Option<NamespaceId> {
+/// The mount namespace of a process, by its pid or `self`, if it runs.
+pub fn namespace_of(pid: impl Display) -> Option<NamespaceId> {
     namespace(&format!("/proc/{pid}")).ok()
 }
 

@@ -140,6 +140,12 @@ fn readers_wait_while_an_exited_lxcfs_is_swept() {
         std::thread::sleep(Duration::from_millis(200));
         let killed = node.lxcfs.lxcfs();
         node.lxcfs.signal_lxcfs(Signal::SIGKILL);
+        let proc = Path::new("/proc").join(killed.to_string());
+        eventually_true("lxcfs has exited", || !proc.exists());
+        // Opened now, while the view is dead, the file is another one at the end.
+        let view = format!("/proc/{}/root/proc/meminfo", node.readers[0].pid());
+        let text = fs::read_to_string(view).unwrap();
+        assert!(text.starts_with("MemTotal:"), "{text}");
         let supervisor = &node.lxcfs.supervisor;
         eventually_true("the reader has waited", || {
             let waited = |entry: &serde_json::Value| entry["requests"].as_u64();
@@ -150,6 +156,30 @@ fn readers_wait_while_an_exited_lxcfs_is_swept() {
         println!("locked: {seen:?}");
         // A reader that had opened the file gets an error.
         assert!(seen.own > 0 && seen.errors <= 1, "{seen:?}");
+    });
+}
+
+#[test]
+fn supervisor_alone_remounts_the_views() {
+    isolated(|| {
+        let (lxcfs, target) = (Supervised::start(&[]), Bare::start());
+        let pid = target.pid.to_string();
+        // On a busy machine the next lxcfs may not serve in time, and the views are swept.
+        let remounted = (1..=10).any(|attempt| {
+            succeeds(&["mount", "--pid", &pid, "--lxcfs-path", lxcfs.path()]);
+            let killed = lxcfs.lxcfs();
+            lxcfs.signal_lxcfs(Signal::SIGKILL);
+            eventually_true("another lxcfs runs", || lxcfs.lxcfs() != killed);
+            let over = |entry: &serde_json::Value| entry["in_time"].is_boolean();
+            eventually_true("the recovery is over", || {
+                lxcfs.supervisor.entries().into_iter().filter(over).count() == attempt
+            });
+            lxcfs.wait_until_serving();
+            let devs = managed_devs(&target.mountinfo());
+            devs.len() == ALWAYS.len()
+                && devs.into_iter().all(|d| Some(d) == serving_dev(lxcfs.path()))
+        });
+        assert!(remounted, "{}", lxcfs.supervisor.log());
     });
 }
 
