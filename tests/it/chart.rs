@@ -70,6 +70,7 @@ const CHANGED: &[&str] = &[
     "agent.events=warnings,lxcfs.port=9999",
     "prometheusRule.enabled=true,prometheusRule.runbookUrl=https://a.example/runbook.md,\
      prometheusRule.thresholds.agentAbsentFor=9m,\
+     prometheusRule.thresholds.agentsUnavailable=7,\
      prometheusRule.thresholds.downFor=9m,\
      prometheusRule.thresholds.restarts=7,\
      prometheusRule.thresholds.hungWorkers=7,\
@@ -81,8 +82,14 @@ const CHANGED: &[&str] = &[
      prometheusRule.thresholds.failed=7,\
      prometheusRule.thresholds.failedFor=9m,\
      prometheusRule.thresholds.nriLostFor=9m,\
+     prometheusRule.thresholds.nodeUnsupportedFor=9m,\
+     prometheusRule.thresholds.runtimeDownFor=9m,\
+     prometheusRule.thresholds.watchErrors=7,\
+     prometheusRule.thresholds.notSyncedSeconds=7,\
      prometheusRule.thresholds.lateStarts=7,\
-     prometheusRule.thresholds.slowSeconds=7",
+     prometheusRule.thresholds.slowSeconds=7,\
+     prometheusRule.thresholds.slowFor=9m,\
+     prometheusRule.thresholds.checkFailedFor=9m",
     "lxcfs.image.repository=r.example/l,lxcfs.image.tag=v1,lxcfs.watchdog=800ms,\
      lxcfs.args[0]=-o,lxcfs.updateStrategy.type=OnDelete,\
      lxcfs.updateStrategy.rollingUpdate=null",

@@ -169,6 +169,7 @@ fn promtool_accepts_and_tests_the_alerts() {
 fn threshold_of_each_alert_is_a_value() {
     let changed = [
         ("agentAbsentFor=99m", "for: 99m"),
+        ("agentsUnavailable=79", ") > 79"),
         ("downFor=98m", "for: 98m"),
         ("restarts=77", "[15m]) > 77"),
         ("hungWorkers=76", "workers_hung > 76"),
@@ -180,8 +181,14 @@ fn threshold_of_each_alert_is_a_value() {
         ("failed=73", ") > 73"),
         ("failedFor=94m", "for: 94m"),
         ("nriLostFor=93m", "for: 93m"),
+        ("nodeUnsupportedFor=92m", "for: 92m"),
+        ("runtimeDownFor=91m", "for: 91m"),
+        ("watchErrors=78", "[15m]) > 78"),
+        ("notSyncedSeconds=901", "_seconds > 901"),
         ("lateStarts=72", "[15m]) > 72"),
         ("slowSeconds=3", ")) > 3"),
+        ("slowFor=89m", "for: 89m"),
+        ("checkFailedFor=88m", "for: 88m"),
     ];
     for (value, expected) in changed {
         let set = format!("prometheusRule.enabled=true,prometheusRule.thresholds.{value}");
