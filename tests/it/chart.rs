@@ -352,6 +352,40 @@ fn secure_listener_adds_port_and_rules() {
 }
 
 #[test]
+fn network_policies_cover_every_port() {
+    let from = "      from:\n        - podSelector:\n            matchLabels:\n              a: b";
+    let render = |more: &str| {
+        let values = format!(
+            "networkPolicy.enabled=true,networkPolicy.from[0].podSelector.matchLabels.a=b{more}"
+        );
+        stdout(&template(&["--set", &values]))
+    };
+    let policies = |rendered: &str| {
+        let kind = "kind: NetworkPolicy\n";
+        let objects = rendered.split("\n---\n").filter(|object| object.contains(kind));
+        let policy = |object: &str| {
+            assert!(object.trim_end().ends_with(from), "{object}");
+            let component = fields(object, "app.kubernetes.io/component");
+            // Of the policy, and of its pods.
+            assert_eq!(component[0], component[1], "{object}");
+            let ports = object.lines().filter_map(|line| line.trim().strip_prefix("- port: "));
+            (component[0].to_owned(), ports.map(ToOwned::to_owned).collect::<Vec<_>>())
+        };
+        objects.map(policy).collect::<Vec<_>>()
+    };
+    let expected = |component: &str, ports: &[&str]| {
+        (component.to_owned(), ports.iter().map(|port| (*port).to_owned()).collect::<Vec<_>>())
+    };
+    let rendered = render(",agent.port=9000,agent.secureListen=[::]:9810,lxcfs.port=9999");
+    let both = [expected("agent", &["9000", "9810"]), expected("lxcfs", &["9999"])];
+    assert_eq!(policies(&rendered), both);
+    // Every port that a container declares is one of these.
+    let declared: Vec<&str> = fields(&rendered, "containerPort");
+    assert_eq!(declared, ["9000", "9810", "9999"]);
+    assert_eq!(policies(&render(",lxcfs.enabled=false")), [expected("agent", &["9808"])]);
+}
+
+#[test]
 fn agent_without_api_server_has_no_token() {
     let rendered = stdout(&template(&["--set", "agent.podsFrom=cri"]));
     for absent in ["kind: ServiceAccount", "kind: ClusterRole", "serviceAccountName: x-kube-lxcfs"]

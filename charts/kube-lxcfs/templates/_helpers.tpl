@@ -227,3 +227,13 @@ metricRelabelings:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}
+
+{{- /* The field from of a rule of a NetworkPolicy */ -}}
+{{- define "kube-lxcfs.ingressFrom" -}}
+from:
+  {{- if .Values.networkPolicy.from }}
+  {{- toYaml .Values.networkPolicy.from | nindent 2 }}
+  {{- else }}
+  - namespaceSelector: {}
+  {{- end }}
+{{- end }}
