@@ -134,11 +134,18 @@ const CHANGED: &[&str] = &[
      networkPolicy.enabled=true",
     EVENT_POLICY,
     "agent.secureListen=[::]:9810,networkPolicy.enabled=true",
+    SECURE_SCRAPE,
+    "agent.secureListen=[::]:9810,serviceMonitor.enabled=true,secureScrape.tokenSecret=t,\
+     secureScrape.tokenKey=k,secureScrape.insecureSkipVerify=false,\
+     secureScrape.ca.secret.name=c,secureScrape.ca.secret.key=ca.crt,secureScrape.serverName=n",
 ];
 
 const DIGESTS: &str = "image.digest=\
      sha256:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef,lxcfs.image.digest=\
      sha256:fedcba9876543210fedcba9876543210fedcba9876543210fedcba9876543210";
+
+const SECURE_SCRAPE: &str =
+    "agent.secureListen=[::]:9810,podMonitor.enabled=true,commonAnnotations.owner=b";
 
 /// Needs a newer API server than that of these tests.
 const EVENT_POLICY: &str = "eventPolicy.enabled=true";
@@ -349,6 +356,84 @@ fn secure_listener_adds_port_and_rules() {
     let without_api = template(&["--set", "agent.secureListen=[::]:1,agent.podsFrom=cri"]);
     let error = stderr(&without_api);
     assert!(error.contains("agent.secureListen needs agent.podsFrom=kubernetes"), "{error}");
+}
+
+/// The objects of a kind and a component.
+fn objects<'a>(rendered: &'a str, kind: &str, component: &str) -> Vec<&'a str> {
+    let kind = format!("kind: {kind}\n");
+    let component = format!("app.kubernetes.io/component: {component}\n");
+    let is = |object: &&str| object.contains(&kind) && object.contains(&component);
+    rendered.split("\n---\n").filter(is).collect()
+}
+
+#[test]
+fn monitors_scrape_https_if_it_is_served() {
+    let render = |values: &str| stdout(&template(&["--set", values]));
+    for (monitor, kind, field) in [
+        ("podMonitor", "PodMonitor", "podMetricsEndpoints"),
+        ("serviceMonitor", "ServiceMonitor", "endpoints"),
+    ] {
+        let plain = render(&format!("{monitor}.enabled=true"));
+        let [endpoint] = objects(&plain, kind, "agent")[..] else { panic!("{plain}") };
+        let http = format!("  {field}:\n    - port: http\n      interval: 30s\n");
+        assert!(endpoint.contains(&http) && !endpoint.contains("authorization:"), "{endpoint}");
+        assert!(!plain.contains("name: x-kube-lxcfs-metrics"), "{plain}");
+
+        let values = format!("{monitor}.enabled=true,agent.secureListen=0.0.0.0:9810");
+        let secure = render(&values);
+        let [endpoint] = objects(&secure, kind, "agent")[..] else { panic!("{secure}") };
+        let https = format!(
+            "  {field}:\n    - port: https\n      scheme: https\n      authorization:\n        \
+             credentials:\n          name: x-kube-lxcfs-metrics\n          key: token\n      \
+             tlsConfig:\n        insecureSkipVerify: true\n      interval: 30s\n"
+        );
+        assert!(endpoint.contains(&https) && !endpoint.contains("http\n"), "{endpoint}");
+        // The token is that of a user who may get the metrics, and nothing else.
+        let [token] = objects(&secure, "Secret", "agent")[..] else { panic!("{secure}") };
+        let user = fields(token, "kubernetes.io/service-account.name");
+        assert_eq!(user, ["x-kube-lxcfs-metrics"]);
+        assert_eq!(fields(token, "name"), user);
+        let rules = "\nrules:\n  - nonResourceURLs: [/metrics]\n    verbs: [get]\n---\n";
+        assert_eq!(secure.matches(rules).count(), 1, "{secure}");
+        // The supervisor serves no HTTPS.
+        let [lxcfs] = objects(&secure, kind, "lxcfs")[..] else { panic!("{secure}") };
+        assert!(lxcfs.contains(&format!("  {field}:\n    - port: metrics\n      interval")));
+
+        let verified = render(&format!(
+            "{values},secureScrape.tokenSecret=t,secureScrape.tokenKey=k,\
+             secureScrape.insecureSkipVerify=false,secureScrape.ca.configMap.name=c,\
+             secureScrape.ca.configMap.key=ca.crt,secureScrape.serverName=agents"
+        ));
+        let [endpoint] = objects(&verified, kind, "agent")[..] else { panic!("{verified}") };
+        let https = "      authorization:\n        credentials:\n          name: t\n          \
+                     key: k\n      tlsConfig:\n        insecureSkipVerify: false\n        \
+                     ca:\n          configMap:\n            key: ca.crt\n            name: c\n        \
+                     serverName: \"agents\"\n";
+        assert!(endpoint.contains(https), "{endpoint}");
+        assert!(!verified.contains("x-kube-lxcfs-metrics"), "{verified}");
+    }
+    let secure = render("serviceMonitor.enabled=true,agent.secureListen=0.0.0.0:9810");
+    let [service] = objects(&secure, "Service", "agent")[..] else { panic!("{secure}") };
+    assert!(service.contains("    - name: https\n      port: 9810\n      targetPort: https"));
+    let contradiction = "secureScrape.ca.secret.name=c,secureScrape.ca.secret.key=k";
+    let rejected = template(&["--set", &format!("{SECURE_SCRAPE},{contradiction}")]);
+    let error = stderr(&rejected);
+    assert!(error.contains("needs secureScrape.insecureSkipVerify=false"), "{error}");
+}
+
+/// The directory in which the documentation mounts them, and which the agent must detach.
+#[test]
+fn apparmor_profile_allows_the_tls_files() {
+    let profile = include_str!("../../charts/kube-lxcfs/profiles/apparmor-agent");
+    let operations = include_str!("../../docs/operations.md");
+    let directory = profile.lines().find_map(|line| line.strip_prefix("@{tls} = ")).unwrap();
+    for file in ["--tls-cert-file", "--tls-key-file"] {
+        assert!(operations.contains(&format!("- {file}={directory}/tls.")), "{file}");
+    }
+    assert!(operations.contains(&format!("mountPath: {directory},")));
+    for rule in ["  @{tls}/** r,\n", "  umount @{tls}/,\n"] {
+        assert!(profile.contains(rule), "{rule}");
+    }
 }
 
 #[test]

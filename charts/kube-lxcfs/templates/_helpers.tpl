@@ -228,6 +228,45 @@ metricRelabelings:
 {{- end }}
 {{- end }}
 
+{{- /* Whether a monitor scrapes the agent over HTTPS: "true" or nothing */ -}}
+{{- define "kube-lxcfs.scrapesHttps" -}}
+{{- $monitor := or .Values.podMonitor.enabled .Values.serviceMonitor.enabled -}}
+{{- if and $monitor .Values.agent.secureListen }}true{{ end -}}
+{{- end }}
+
+{{- /* The Secret of the token with which the agent is scraped */ -}}
+{{- define "kube-lxcfs.scrapeTokenSecret" -}}
+{{- .Values.secureScrape.tokenSecret | default (printf "%s-metrics" (include "kube-lxcfs.fullname" .)) -}}
+{{- end }}
+
+{{- /* Fields of the agent's endpoint of a monitor: its port, and how to get it */ -}}
+{{- define "kube-lxcfs.agentEndpoint" -}}
+{{- if include "kube-lxcfs.scrapesHttps" . -}}
+{{- with .Values.secureScrape -}}
+{{- if and .ca .insecureSkipVerify }}
+{{- fail "secureScrape.ca needs secureScrape.insecureSkipVerify=false: else no certificate is verified" }}
+{{- end -}}
+port: https
+scheme: https
+authorization:
+  credentials:
+    name: {{ include "kube-lxcfs.scrapeTokenSecret" $ }}
+    key: {{ .tokenKey }}
+tlsConfig:
+  insecureSkipVerify: {{ .insecureSkipVerify }}
+  {{- with .ca }}
+  ca:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .serverName }}
+  serverName: {{ . | quote }}
+  {{- end }}
+{{- end -}}
+{{- else -}}
+port: http
+{{- end -}}
+{{- end }}
+
 {{- /* The field from of a rule of a NetworkPolicy */ -}}
 {{- define "kube-lxcfs.ingressFrom" -}}
 from:
