@@ -281,6 +281,18 @@ fn readiness_of_the_agent_excludes_a_supervised_lxcfs() {
     }
 }
 
+/// No site of the project exists. The domain in annotations and labels is a name, not an address.
+#[test]
+fn chart_links_to_no_site_of_its_own() {
+    let chart = repository("charts/kube-lxcfs");
+    for file in ["Chart.yaml", "values.yaml", "README.md", "templates/monitoring.yaml"] {
+        let text = fs::read_to_string(chart.join(file)).unwrap();
+        assert!(!text.contains("://kube-lxcfs.io"), "{file}");
+    }
+    let krew = fs::read_to_string(repository("manifests/krew/lxcfs.yaml")).unwrap();
+    assert!(!krew.contains("://kube-lxcfs.io"), "{krew}");
+}
+
 #[test]
 fn notes_name_the_next_commands() {
     let args = ["install", "x", "charts/kube-lxcfs", "--dry-run=client", "--namespace", "own"];
@@ -297,6 +309,29 @@ fn notes_name_the_next_commands() {
     ] {
         assert!(notes.lines().any(|line| line.trim() == command), "{command}: {notes}");
     }
+}
+
+/// With `agent.podsFrom=cri`, the annotation of a running pod has no effect.
+#[test]
+fn notes_without_api_server_name_the_template() {
+    let args = ["install", "x", "charts/kube-lxcfs", "--dry-run=client"];
+    let notes = |values: &str| {
+        let output = helm(&[&args[..], &["--set", values]].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        stdout(&output).split_once("NOTES:\n").unwrap().1.to_owned()
+    };
+    let [cri, kubernetes] =
+        ["cri", "kubernetes"].map(|source| notes(&format!("agent.podsFrom={source}")));
+    for line in [
+        "To inject views, set this annotation in the template of new pods.",
+        "effect, because agent.podsFrom is cri:",
+        "kube-lxcfs.io/inject: \"true\"",
+    ] {
+        let is = |text: &&str| text.trim().starts_with(line);
+        assert_eq!(cri.lines().filter(is).count(), 1, "{line}: {cri}");
+        assert_eq!(kubernetes.lines().filter(is).count(), 0, "{line}: {kubernetes}");
+    }
+    assert!(!cri.contains("kubectl annotate") && kubernetes.contains("kubectl annotate"), "{cri}");
 }
 
 #[test]
@@ -529,6 +564,10 @@ fn schema_rejects_unknown_and_malformed_values() {
         ("excludeNamespaces[0]=a_b", "'/excludeNamespaces/0'"),
         ("agent.minReadySeconds=-1", "'/agent/minReadySeconds'"),
         ("podMonitor.scrapeTimeout=soon", "'/podMonitor/scrapeTimeout'"),
+        ("prometheusRule.runbookUrl=", "'/prometheusRule/runbookUrl'"),
+        ("prometheusRule.runbookUrl=a#b", "'/prometheusRule/runbookUrl'"),
+        ("secureScrape.ca.name=c", "'/secureScrape/ca'"),
+        ("secureScrape.ca.secret.name=c", "'/secureScrape/ca/secret'"),
     ] {
         let rejected = template(&["--set", invalid]);
         assert!(
