@@ -100,7 +100,8 @@ pub(super) fn describe_skipped((file, why): &(ViewFile, SkipReason)) -> String {
     format!("{file} ({why})")
 }
 
-/// Reports the containers without a view because they nest containers.
+/// Reports the containers without a view because they nest containers. They can have one, if the
+/// pod's annotation requests it: `LxcfsUnsupportedRuntime` is for those that cannot.
 pub(super) fn nesting(pod: &Pod, containers: &[String]) -> PodEvent {
     let note = format!(
         "{}: no view was injected, because it would prevent mounts of procfs in containers inside \

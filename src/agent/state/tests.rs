@@ -290,6 +290,8 @@ fn nesting_container_is_skipped_with_one_event() {
     state.update(Update::PodApplied(nesting(None)), now);
     let events = state.take_events();
     assert_eq!(events.len(), 1);
+    // Its owner may request a view, so it is not unsupported.
+    assert_eq!(events[0].reason, Reason::LxcfsInjectFailed);
     let note = &events[0].note;
     assert!(note.starts_with("b: ") && note.contains("kube-lxcfs.io/inject: \"true\""), "{note}");
     // Its owner requests it.
