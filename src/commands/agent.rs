@@ -101,6 +101,7 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
         cri: (common.pid_from != PidSource::Proc).then(|| cri.clone()),
     };
     let node = check::Node {
+        pid_from: common.pid_from,
         cri: cri_is_used.then(|| cri.clone()),
         finder: finder.clone(),
         workers: Ok(workers.clone()),

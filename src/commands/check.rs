@@ -20,6 +20,7 @@ use crate::{
     lxcfs::{self, Finder},
     mount::Workers,
     runtime::{
+        PidSource,
         cgroup::CgroupVersion,
         cri::{CriClient, Version, existing_endpoints},
     },
@@ -103,6 +104,7 @@ pub(super) fn require_capabilities() -> Result<(), MissingCapability> {
 
 pub(super) async fn run(common: Common, nri_socket: &Path, output: Output) -> Result<ExitCode> {
     let node = Node {
+        pid_from: common.pid_from,
         cri: Some(CriClient::new(common.cri_endpoint, common.host_root.clone())),
         finder: Finder::new(&common.lxcfs_path),
         workers: Workers::start(1, Duration::from_secs(2)),
@@ -119,6 +121,7 @@ pub(super) async fn run(common: Common, nri_socket: &Path, output: Output) -> Re
 /// What the checks of a node need.
 #[derive(Debug)]
 pub(super) struct Node {
+    pub(super) pid_from: PidSource,
     /// `None` if CRI is not used.
     pub(super) cri: Option<CriClient>,
     pub(super) finder: Finder,
@@ -148,7 +151,7 @@ impl Node {
     }
 
     async fn all(&self) -> Vec<Check> {
-        let Node { cri, finder, workers, host_root, nri_socket, passive } = self;
+        let Node { cri, finder, workers, host_root, nri_socket, passive, .. } = self;
         let mut checks = own();
         let host = host_root.clone();
         // The scan of the processes blocks.
@@ -161,7 +164,7 @@ impl Node {
         let kernel = tokio::task::spawn_blocking(blocking);
         checks.push(serving(finder, workers).await);
         if let Some(cri) = cri {
-            checks.push(runtime(cri).await);
+            checks.push(runtime(cri, self.pid_from).await);
         }
         if !passive {
             checks.push(nri(host_root, nri_socket).await);
@@ -177,15 +180,30 @@ impl Node {
 }
 
 /// Whether the runtime responds over CRI.
-async fn runtime(cri: &CriClient) -> Check {
+async fn runtime(cri: &CriClient, pid_from: PidSource) -> Check {
     match cri.version().await {
         Ok(Version { endpoint, name, version }) => {
             ok("cri", format!("{name} {version} at {}", endpoint.display()))
         }
-        Err(e) => warn(
-            "cri",
-            format!("{e}; pids are resolved from /proc, and --pods-from cri does not work"),
-        ),
+        Err(e) => warn("cri", format!("{e}; {}", without_cri(pid_from))),
+    }
+}
+
+/// What an agent lacks without CRI, and the remedy.
+fn without_cri(pid_from: PidSource) -> &'static str {
+    match pid_from {
+        PidSource::Auto => {
+            "pids are resolved from /proc, but the agent is not ready, and --pods-from cri does \
+             not work; set --cri-endpoint, or on nodes without CRI --pid-from proc"
+        }
+        PidSource::Cri => {
+            "no pid is resolved except those that NRI reports, and the agent is not ready; set \
+             --cri-endpoint, or on nodes without CRI --pid-from proc"
+        }
+        PidSource::Proc => {
+            "pids are resolved from /proc, and only --pods-from cri does not work; set \
+             --cri-endpoint for it"
+        }
     }
 }
 
@@ -215,10 +233,10 @@ fn own() -> Vec<Check> {
             Err(e) => fail("kernel", e),
         },
         if syscalls::has_move_mount_beneath() {
-            ok("swap", "view files are remounted without a gap (kernel 6.5 or later)")
+            ok("remount", "view files are remounted without a gap (kernel 6.5 or later)")
         } else {
             warn(
-                "swap",
+                "remount",
                 "before kernel 6.5, a container reads the node's values for a moment during a \
                  remount",
             )

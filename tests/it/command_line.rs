@@ -152,6 +152,32 @@ fn missing_capability_is_an_error() {
     });
 }
 
+/// The agent's readiness depends on CRI unless it uses `/proc` only, and `check` says so.
+#[test]
+fn check_and_readiness_agree_about_cri() {
+    isolated(|| {
+        for (source, is_ready) in [("auto", false), ("cri", false), ("proc", true)] {
+            let flags = ["--cri-endpoint", "unix:///nonexistent/cri.sock", "--pid-from", source];
+            let checks = stdout(&run(&[&["check"][..], &flags].concat()));
+            let line = checks.lines().find(|line| line.contains("  cri ")).unwrap();
+            assert!(line.starts_with("warn"), "{line}");
+            assert_eq!(!line.contains("the agent is not ready"), is_ready, "{source}: {line}");
+            let lxcfs = Lxcfs::start();
+            let dir = tempfile::tempdir().unwrap();
+            let pods = Pods::start();
+            let kubeconfig = pods.kubeconfig();
+            let args = ["--node-name", "n1", "--lxcfs-path", lxcfs.path(), "--nri", "off"];
+            let environment = [("KUBECONFIG", kubeconfig.to_str().unwrap())];
+            let agent = agent(dir.path(), &[&args[..], &flags].concat(), &environment);
+            let expected = if is_ready { (200, "ok\n") } else { (503, "cri.sock") };
+            eventually_true(source, || {
+                let (code, body) = get(&agent, "/readyz");
+                code == expected.0 && body.contains(expected.1)
+            });
+        }
+    });
+}
+
 /// Runs the binary where a seccomp filter fails these calls with this error, as a kernel without
 /// them does.
 fn run_without(calls: &[i64], errno: i32, args: &'static [&'static str]) -> std::process::Output {
