@@ -42,7 +42,7 @@ packages_of() {
         ;;
     vm)
         echo qemu-system-x86_64 qemu-system-x86 mmdebstrap mmdebstrap mke2fs e2fsprogs \
-            busybox busybox-static cpio cpio xz xz-utils modprobe kmod
+            busybox busybox-static cpio cpio xz xz-utils modprobe kmod python3 python3
         ;;
     vm-arm64)
         packages_of vm

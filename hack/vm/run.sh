@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the scenarios of hack/vm/guest in virtual machines, one for each cell, and prints a table.
 #   hack/vm/run.sh [--write] [CELL...]      default: all
-# With --write, the rows of these cells in docs/compatibility.md are replaced.
+# With --write, the rows of these cells in docs/compatibility.md are replaced, and the note below.
 # The status is 1 if a scenario has failed. A cell's whole output is in $CACHE/vm/CELL.log.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -69,47 +69,6 @@ run_cell() {
     say "cell $name: $(((SECONDS - started + 59) / 60)) min"
 }
 
-# row CELL: its row of docs/compatibility.md.
-row() {
-    local sets
-    sets=$(awk -v name="$1" '$1 == name { $1 = $2 = $3 = $4 = $5 = ""; print }' <<<"$cells" | xargs)
-    awk -F '\t' -v cell="$1" -v date="$(date -u +%F)" -v sets="$sets" '
-        $1 != cell { next }
-        { all++ }
-        $2 == "versions" { versions = $4 }
-        $3 == "passed" { passed++; next }
-        { others = others (others == "" ? "" : ". ") $3 ": `" $2 "`" ($4 ? ", " $4 : "") }
-        END {
-            counts = passed + 0 " of " all
-            print "| " cell " | " versions " | " date " | " sets " | " counts " | " others " |"
-        }
-    ' "$table"
-}
-
-# write_rows: replaces the rows of the cells that ran.
-write_rows() {
-    local page=docs/compatibility.md name
-    while read -r name; do
-        if grep -q "^$name"$'\t' "$table"; then
-            row "$name"
-        else
-            grep "^| $name | " "$page" || true
-        fi
-    done < <(names) >"$vm/rows"
-    awk -v rows="$vm/rows" '
-        /^## / { section = $0 }
-        section == "## Virtual machines" && /^\| --- / {
-            print
-            while ((getline row < rows) > 0) print row
-            replaced = 1
-            next
-        }
-        replaced && /^\|/ { next }
-        { replaced = 0; print }
-    ' "$page" >"$vm/page"
-    cp "$vm/page" "$page"
-}
-
 need_root "making a root file system"
 write=
 if [ "${1-}" = --write ]; then
@@ -129,5 +88,5 @@ for name in "${chosen[@]}"; do (run_cell "$name"); done
 echo "cell | scenario | result"
 echo "--- | --- | ---"
 awk -F '\t' '{ print $1 " | " $2 " | " $3 ($4 == "" ? "" : ": " $4) }' "$table"
-if [ -n "$write" ]; then write_rows; fi
+if [ -n "$write" ]; then hack/vm/page.py docs/compatibility.md "$table" <<<"$cells"; fi
 ! grep -q $'\tfailed\t' "$table"

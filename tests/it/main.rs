@@ -11,6 +11,7 @@
 mod chaos;
 mod chart;
 mod command_line;
+mod compatibility;
 mod containers;
 mod harness;
 mod hook;
