@@ -101,7 +101,7 @@ pub enum PluginCommand {
         output: FormatArg,
     },
     /// Show the views of the namespace's pods, of one node, or of all nodes. The exit code is 1
-    /// if an agent did not respond.
+    /// if a node has no agent, or its agent did not respond.
     Status {
         /// Show the pods of all namespaces on this node.
         #[arg(long, value_name = "NAME", conflicts_with = "all_namespaces")]

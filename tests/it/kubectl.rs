@@ -110,6 +110,7 @@ fn plugin_sets_annotations_and_explains_them() {
         let cluster = shop(json!({"kube-lxcfs.io/inject": "true"}), json!([]));
         let explained = explanation(&cluster);
         assert_eq!(explained["decision"]["rule"], "namespaceLabel", "{explained}");
+        assert_eq!(explained["decision"]["annotations"], "current", "{explained}");
         assert_eq!(explained["containers"][0]["desired"], "all", "{explained}");
         assert_eq!(explained["containers"][0]["why"], "it does not run", "{explained}");
         // No kubelet forwards the request.
@@ -183,6 +184,107 @@ fn plugin_reports_what_it_may_not_read() {
         let absent = plugin(&cluster, "admin", &["check", "--node", "n2"]);
         assert_eq!(absent.status.code(), Some(1));
         assert!(stderr(&absent).starts_with("error: no agent runs on node n2"));
+    });
+}
+
+/// The DaemonSet's pod of `n2` is missing. It has none on `n3`, `n4` and `n5`.
+#[test]
+fn status_lists_nodes_without_an_agent() {
+    isolated(|| {
+        let cluster = shop(json!({}), json!([]));
+        let node = |name: &str, os: &str, taints: Value| {
+            json!({"apiVersion": "v1", "kind": "Node",
+                "metadata": {"name": name, "labels": {"kubernetes.io/os": os}},
+                "spec": {"taints": taints}})
+        };
+        let taint = json!([{"key": "reserved", "effect": "NoSchedule"}]);
+        apply(
+            &cluster,
+            &[
+                node("n1", "linux", json!([])),
+                node("n2", "linux", json!([])),
+                node("n3", "windows", json!([])),
+            ],
+        );
+        let status = |user: &str| {
+            let output = plugin(&cluster, user, &["status", "-A", "-o", "json"]);
+            assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+            let nodes: Value = serde_json::from_str(&stdout(&output)).unwrap();
+            let nodes = nodes.as_array().unwrap().iter().map(|node| {
+                assert!(node["error"].is_string(), "{node}");
+                let agent = node["agent"].as_str().map(ToOwned::to_owned);
+                (node["node"].as_str().unwrap().to_owned(), agent)
+            });
+            (nodes.collect::<Vec<_>>(), stderr(&output))
+        };
+        // That of n1 does not respond: no kubelet forwards the request.
+        let agent = || ("n1".to_owned(), Some("kube-lxcfs/kube-lxcfs-agent-x".to_owned()));
+        let expected = (vec![agent(), ("n2".to_owned(), None)], String::new());
+        assert_eq!(status("admin"), expected);
+
+        let labels = json!({"app.kubernetes.io/name": "kube-lxcfs",
+            "app.kubernetes.io/component": "agent"});
+        let template = json!({"metadata": {"labels": labels}, "spec": {
+            "nodeSelector": {"kubernetes.io/os": "linux"},
+            "containers": [{"name": "agent", "image": "x"}]}});
+        let daemon_set = json!({"apiVersion": "apps/v1", "kind": "DaemonSet",
+            "metadata": {"name": "kube-lxcfs-agent", "namespace": "kube-lxcfs", "labels": labels},
+            "spec": {"selector": {"matchLabels": labels}, "template": template}});
+        let tainted = [node("n4", "linux", taint), node("n5", "windows", json!([])), daemon_set];
+        apply(&cluster, &tainted);
+        assert_eq!(status("admin"), expected);
+        // One that may not list nodes sees the agents, and an error.
+        let (nodes, error) = status("agent");
+        assert_eq!(nodes, [agent()]);
+        assert!(error.starts_with("error: nodes without an agent are not shown: "), "{error}");
+        cluster.kubectl(&["delete", "pod", "-n", "kube-lxcfs", "--all", "--force"]);
+        let expected = ["n1", "n2"].map(|node| (node.to_owned(), None)).to_vec();
+        assert_eq!(status("admin"), (expected, String::new()));
+    });
+}
+
+#[test]
+fn missing_kubeconfig_is_one_cause() {
+    isolated(|| {
+        let failed = |args: &[&str], variable: &str| {
+            let mut command = kube_lxcfs();
+            command.arg0("kubectl-lxcfs").args(["status"]).args(args);
+            let output = command.env("KUBECONFIG", variable).output().unwrap();
+            assert_eq!(output.status.code(), Some(1));
+            stderr(&output)
+        };
+        let hint = "; set KUBECONFIG, --kubeconfig or --context\n";
+        let missing = "error: failed to read the kubeconfig /nonexistent: No such file or \
+                       directory (os error 2)";
+        assert_eq!(failed(&[], "/nonexistent"), format!("{missing}{hint}"));
+        assert_eq!(failed(&["--kubeconfig", "/nonexistent"], ""), format!("{missing}{hint}"));
+        assert_eq!(failed(&["--context", "c"], "/nonexistent"), format!("{missing}{hint}"));
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config");
+        let file = file.to_str().unwrap();
+        fs::write(file, "apiVersion: v1\nkind: Config\n").unwrap();
+        let error = failed(&["--context", "c"], file);
+        assert!(error.starts_with("error: failed to use the kubeconfig: "), "{error}");
+        assert!(error.ends_with(hint) && error.matches("context").count() <= 3, "{error}");
+    });
+}
+
+/// The agent uses those of the pod sandbox, which the API server does not have.
+#[test]
+fn explanation_names_annotations_of_the_sandbox() {
+    isolated(|| {
+        let source = json!([{"name": "KUBE_LXCFS_PODS_FROM", "value": "cri"}]);
+        let cluster = shop(json!({}), source);
+        prints(&cluster, &["inject", "web", "-n", "shop"]);
+        let explained = explanation(&cluster);
+        assert_eq!(explained["decision"]["rule"], "annotation", "{explained}");
+        assert_eq!(explained["decision"]["annotations"], "creation", "{explained}");
+        // The agent does not respond.
+        assert!(explained["containers"][0]["desired"].is_null(), "{explained}");
+        let text = prints(&cluster, &["explain", "pod/web", "-n", "shop"]);
+        let lines: Vec<&str> = text.split_whitespace().collect();
+        let note = "by the annotations and labels at the pod's creation (--pods-from cri)";
+        assert!(lines.join(" ").contains(note), "{text}");
     });
 }
 

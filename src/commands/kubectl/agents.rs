@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use anyhow::{Context, Result, anyhow, bail};
-use k8s_openapi::api::core::v1 as core;
+use k8s_openapi::api::{apps::v1::DaemonSet, core::v1 as core};
 use kube::{
     Api, Client,
     api::{AttachParams, ListParams},
@@ -28,6 +28,7 @@ const PORT: &str = "http";
 #[derive(Clone)]
 pub(super) struct Agents {
     pods: Api<core::Pod>,
+    daemon_sets: Api<DaemonSet>,
     selector: String,
     namespace: String,
 }
@@ -51,8 +52,9 @@ pub(super) struct Output {
 impl Agents {
     pub(super) fn new(client: Client, cluster: &Cluster) -> Agents {
         let namespace = cluster.agent_namespace.clone();
-        let pods = Api::namespaced(client, &namespace);
-        Agents { pods, selector: cluster.agent_selector.clone(), namespace }
+        let pods = Api::namespaced(client.clone(), &namespace);
+        let daemon_sets = Api::namespaced(client, &namespace);
+        Agents { pods, daemon_sets, selector: cluster.agent_selector.clone(), namespace }
     }
 
     /// The running agents, one for each node, in the order of their nodes.
@@ -74,6 +76,16 @@ impl Agents {
                 self.namespace
             )
         })
+    }
+
+    /// The specs of the pods that the DaemonSets of the agents create.
+    pub(super) async fn pod_templates(&self) -> Result<Vec<core::PodSpec>> {
+        let with_labels = ListParams::default().labels(&self.selector);
+        let daemon_sets = self.daemon_sets.list(&with_labels).await.map_err(|e| {
+            let what = format!("failed to list the DaemonSets in {}", self.namespace);
+            api_error(e).context(what)
+        })?;
+        Ok(daemon_sets.items.into_iter().filter_map(|one| one.spec.template.spec).collect())
     }
 
     async fn list_where(&self, parameters: ListParams) -> Result<Vec<Agent>> {

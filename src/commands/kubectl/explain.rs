@@ -31,6 +31,10 @@ use crate::{
     telemetry::events::CONTROLLER,
 };
 
+const BY_CREATION: &str = "the agent decides by the annotations and labels at the pod's creation \
+                           (--pods-from cri), the rule above is by the current ones, and a change \
+                           has no effect on this pod";
+
 #[derive(Debug, Serialize)]
 struct Explanation {
     namespace: String,
@@ -50,6 +54,9 @@ struct DecisionReport {
     /// Null if it is unknown.
     rule: Option<&'static str>,
     detail: String,
+    /// Which annotations and labels of the pod the agent uses: the `current` ones, or those at its
+    /// `creation`; null if it is unknown.
+    annotations: Option<&'static str>,
     /// Invalid annotations and labels.
     invalid: Vec<String>,
 }
@@ -103,6 +110,13 @@ struct NodeReport {
     rows: Option<Vec<Row>>,
 }
 
+impl NodeReport {
+    /// Whether the agent uses the annotations and labels that a pod was created with.
+    fn decides_by_creation(&self) -> bool {
+        self.args.as_ref().is_some_and(|args| args.pods_from == PodSource::Cri)
+    }
+}
+
 pub(super) async fn run(connection: &Connection, name: &str, format: Format) -> Result<ExitCode> {
     let Connection { client, namespace, agents } = connection;
     let pods: Api<core::Pod> = Api::namespaced(client.clone(), namespace);
@@ -130,6 +144,8 @@ pub(super) async fn run(connection: &Connection, name: &str, format: Format) -> 
     let labels = namespaces.get_metadata(namespace).await.map_err(api_error);
     let labels = labels.map(|namespace| namespace.metadata.labels.unwrap_or_default());
     let (decided, decision) = decide(&pod, report.args.as_ref(), labels);
+    // By the current annotations, which an agent that knows only the sandbox does not use.
+    let decided = decided.filter(|_| !report.decides_by_creation());
     let containers = containers(&pod, decided.as_ref(), &report);
     let NodeReport { agent, lxcfs, .. } = report;
     let events = events(connection, name).await;
@@ -189,8 +205,13 @@ fn decide(
     args: Option<&AgentArgs>,
     labels: Result<Labels>,
 ) -> (Option<Decision>, DecisionReport) {
-    let unknown =
-        |detail: String| (None, DecisionReport { rule: None, detail, invalid: Vec::new() });
+    let annotations = args.map(|args| match args.pods_from {
+        PodSource::Kubernetes => "current",
+        PodSource::Cri => "creation",
+    });
+    let unknown = |detail: String| {
+        (None, DecisionReport { rule: None, detail, annotations, invalid: Vec::new() })
+    };
     let (scope, uses_labels) = match args {
         Some(args) => (args.scope(), args.pods_from == PodSource::Kubernetes),
         None if pod.annotations.inject.is_some() => (Scope::default(), false),
@@ -243,7 +264,7 @@ fn decide(
         }
     };
     let invalid = decision.invalid.iter().map(ToString::to_string).collect();
-    (Some(decision), DecisionReport { rule: Some(name), detail, invalid })
+    (Some(decision), DecisionReport { rule: Some(name), detail, annotations, invalid })
 }
 
 fn containers(pod: &Pod, decision: Option<&Decision>, report: &NodeReport) -> Vec<ContainerReport> {
@@ -260,6 +281,10 @@ fn containers(pod: &Pod, decision: Option<&Decision>, report: &NodeReport) -> Ve
             Some(DesiredView::Absent) => Some("none".to_owned()),
             Some(DesiredView::Exactly(files) | DesiredView::AtLeast(files)) => {
                 Some(if files == FileSet::ALL { "all".to_owned() } else { files.to_string() })
+            }
+            // The agent reports every container with a desired view.
+            None if report.decides_by_creation() && id.is_some() && report.rows.is_some() => {
+                Some(agents.map_or("none", |desired| &desired.files).to_owned())
             }
             None => agents.map(|desired| desired.files.clone()),
         };
@@ -327,6 +352,9 @@ fn text(explanation: &Explanation) -> Vec<String> {
     let mut lines = field(0, "pod", &format!("{namespace}/{pod} ({phase})"));
     lines.extend(field(0, "node", node.as_deref().unwrap_or("none")));
     lines.extend(field(0, "rule", &decision.detail));
+    if decision.annotations == Some("creation") {
+        lines.extend(field(0, "note", BY_CREATION));
+    }
     for invalid in &decision.invalid {
         lines.extend(field(0, "invalid", invalid));
     }
@@ -375,4 +403,44 @@ fn observed_files(files: &BTreeMap<String, String>) -> String {
     let names: Vec<&str> = files.keys().map(String::as_str).collect();
     let counts = observed(files);
     if names.is_empty() { counts } else { format!("{counts}: {}", names.join(", ")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The pod of an agent that uses the runtime's sandboxes has opted out since its creation.
+    #[test]
+    fn desired_view_is_that_of_the_agent() {
+        let id = |n: u8| n.to_string().repeat(64);
+        let pod: core::Pod = serde_json::from_value(serde_json::json!({
+            "metadata": {"name": "web", "namespace": "shop", "uid": "u",
+                "annotations": {"kube-lxcfs.io/inject": "false"}},
+            "spec": {"containers": [{"name": "a"}, {"name": "b"}]},
+            "status": {"containerStatuses": [
+                {"name": "a", "containerID": format!("containerd://{}", id(1))},
+                {"name": "b", "containerID": format!("containerd://{}", id(2))}]}
+        }))
+        .unwrap();
+        let pod = kubernetes::reduced(&pod).unwrap();
+        let row = serde_json::json!([{"namespace": "shop", "pod": "web", "container": "a",
+            "id": id(1), "pid": 1, "files": {"meminfo": "current"},
+            "desired": {"files": "meminfo", "state": "injected", "why": null, "reason": null}}]);
+        let report = |source: &str| {
+            let arguments = ["agent".to_owned(), format!("--pods-from={source}")];
+            NodeReport {
+                args: Some(AgentArgs::of_process(&arguments, &BTreeMap::new()).unwrap()),
+                rows: Some(serde_json::from_value(row.clone()).unwrap()),
+                ..NodeReport::default()
+            }
+        };
+        for (source, expected) in [("cri", ["meminfo", "none"]), ("kubernetes", ["none", "none"])] {
+            let report = report(source);
+            let (decided, _) = decide(&pod, report.args.as_ref(), Ok(Labels::new()));
+            let decided = decided.filter(|_| !report.decides_by_creation());
+            let reported = containers(&pod, decided.as_ref(), &report);
+            let desired: Vec<_> = reported.iter().map(|c| c.desired.as_deref().unwrap()).collect();
+            assert_eq!(desired, expected, "{source}");
+        }
+    }
 }

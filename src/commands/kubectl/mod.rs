@@ -5,17 +5,18 @@ mod change;
 mod check;
 mod completion;
 mod explain;
+mod nodes;
 mod status;
 mod text;
 
 use std::{collections::BTreeMap, io::Write, process::ExitCode};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use clap::CommandFactory;
 use clap_mangen::Man;
 use kube::{
     Client, Config,
-    config::{KubeConfigOptions, Kubeconfig},
+    config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
 };
 use serde::{Deserialize, Serialize};
 
@@ -68,13 +69,19 @@ impl Connection {
         let options =
             KubeConfigOptions { context: cluster.context.clone(), ..KubeConfigOptions::default() };
         let config = match &cluster.kubeconfig {
-            Some(file) => {
-                let kubeconfig = Kubeconfig::read_from(file)?;
-                Config::from_custom_kubeconfig(kubeconfig, &options).await?
-            }
-            None if options.context.is_some() => Config::from_kubeconfig(&options).await?,
-            None => Config::infer().await.context("failed to read the kubeconfig")?,
+            Some(file) => match Kubeconfig::read_from(file) {
+                Ok(kubeconfig) => Config::from_custom_kubeconfig(kubeconfig, &options).await,
+                Err(e) => Err(e),
+            },
+            None if options.context.is_some() => Config::from_kubeconfig(&options).await,
+            None => match Config::from_kubeconfig(&options).await {
+                // In a pod there may be none. Elsewhere, what a client in a pod needs is of no
+                // interest.
+                Err(e) => Config::incluster().map_err(|_| e),
+                config => config,
+            },
         };
+        let config = config.map_err(|e| kubeconfig_error(&e))?;
         let default_namespace = config.default_namespace.clone();
         let client = Client::try_from(config).context("failed to set up the API client")?;
         Ok(Connection {
@@ -83,6 +90,17 @@ impl Connection {
             client,
         })
     }
+}
+
+/// Without the error's source: its text has that already.
+fn kubeconfig_error(error: &KubeconfigError) -> anyhow::Error {
+    let what = match error {
+        KubeconfigError::ReadConfig(cause, path) => {
+            format!("failed to read the kubeconfig {}: {cause}", path.display())
+        }
+        error => format!("failed to use the kubeconfig: {error}"),
+    };
+    anyhow!("{what}; set KUBECONFIG, --kubeconfig or --context")
 }
 
 /// A row of the agent's `/status`. Fields that this version does not know are ignored.

@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::{
     Connection, Row,
     agents::{Agent, api_error},
-    in_one_line, observed,
+    in_one_line, nodes, observed,
     text::{field, print, table},
 };
 use crate::args::kubectl::Format;
@@ -40,9 +40,22 @@ struct NodeStatus {
 
 pub(super) async fn run(connection: &Connection, scope: Scope, format: Format) -> Result<ExitCode> {
     let mut missing = Vec::new();
+    let mut missing_unknown = None;
     let agents = match &scope {
         Scope::Node(node) => vec![connection.agents.of_node(node).await?],
-        Scope::Cluster => connection.agents.list().await?,
+        Scope::Cluster => {
+            let agents = connection.agents.list().await?;
+            match nodes::with_agents(&connection.client, &connection.agents).await {
+                Ok(mut nodes) => {
+                    for agent in &agents {
+                        nodes.remove(&agent.node);
+                    }
+                    missing.extend(nodes);
+                }
+                Err(e) => missing_unknown = Some(e),
+            }
+            agents
+        }
         Scope::Namespace => {
             let mut nodes = nodes_of_namespace(connection).await?;
             let mut agents = connection.agents.list().await?;
@@ -62,6 +75,9 @@ pub(super) async fn run(connection: &Connection, scope: Scope, format: Format) -
     }));
     nodes.sort_by(|a, b| a.node.cmp(&b.node));
     print(format, &nodes, || text(&nodes))?;
+    if let Some(e) = missing_unknown {
+        return Err(e.context("nodes without an agent are not shown"));
+    }
     let failed = nodes.iter().any(|node| node.error.is_some());
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
