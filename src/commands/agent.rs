@@ -65,11 +65,10 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
     watchers.spawn("the watch of lxcfs", lxcfs_watcher.run(lxcfs_changes_tx));
     let (events, client) = match args.pods_from {
         PodSource::Kubernetes => {
-            let level = args.events;
             let watched = watch_api_server(
                 args.node_name,
                 selects_namespaces,
-                level,
+                args.events,
                 &updates_tx,
                 &metrics,
                 &mut watchers,
