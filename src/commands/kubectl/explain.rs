@@ -418,8 +418,10 @@ mod tests {
                 "annotations": {"kube-lxcfs.io/inject": "false"}},
             "spec": {"containers": [{"name": "a"}, {"name": "b"}]},
             "status": {"containerStatuses": [
-                {"name": "a", "containerID": format!("containerd://{}", id(1))},
-                {"name": "b", "containerID": format!("containerd://{}", id(2))}]}
+                {"name": "a", "state": {"running": {}},
+                    "containerID": format!("containerd://{}", id(1))},
+                {"name": "b", "state": {"running": {}},
+                    "containerID": format!("containerd://{}", id(2))}]}
         }))
         .unwrap();
         let pod = kubernetes::reduced(&pod).unwrap();
