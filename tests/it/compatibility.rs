@@ -47,9 +47,9 @@ fn known_failures_are_in_one_note() {
         });
         kept.collect::<Vec<_>>()
     };
-    let results = "c1\tversions\tpassed\tkernel 1\nc1\tdisks\tknown\tthe node's values (read: 17)\n\
+    let results = "c1\tversions\tpassed\tkernel 1\nc1\tdisks\tknown\tvalues of the node (read: 17)\n\
                    c1\tstarts\tfailed\tno view\nc2\tversions\tpassed\tkernel 2\n\
-                   c2\tdisks\tknown\tthe node's values (read: 18)\n\
+                   c2\tdisks\tknown\tvalues of the node (read: 18)\n\
                    c2\tcpus\tknown\tlxcfs 6: 1 0 2\n";
     assert_eq!(
         rows(&write(&page, results)),
@@ -60,7 +60,7 @@ fn known_failures_are_in_one_note() {
             "Known failures:",
             "",
             "- `cpus`: lxcfs 6: 1 0 2",
-            "- `disks`: the node's values",
+            "- `disks`: values of the node",
             "",
             "## Next",
         ]
@@ -75,7 +75,7 @@ fn known_failures_are_in_one_note() {
             "",
             "Known failures:",
             "",
-            "- `disks`: the node's values; lxcfs 6 serves the node's values",
+            "- `disks`: values of the node; lxcfs 6 serves the node's values",
             "",
             "## Next",
         ]
