@@ -442,8 +442,8 @@ fn monitors_scrape_https_if_it_is_served() {
         let [endpoint] = objects(&verified, kind, "agent")[..] else { panic!("{verified}") };
         let https = "      authorization:\n        credentials:\n          name: t\n          \
                      key: k\n      tlsConfig:\n        insecureSkipVerify: false\n        \
-                     ca:\n          configMap:\n            key: ca.crt\n            name: c\n        \
-                     serverName: \"agents\"\n";
+                     ca:\n          configMap:\n            key: ca.crt\n            \
+                     name: c\n        serverName: \"agents\"\n";
         assert!(endpoint.contains(https), "{endpoint}");
         assert!(!verified.contains("x-kube-lxcfs-metrics"), "{verified}");
     }

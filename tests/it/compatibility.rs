@@ -47,7 +47,8 @@ fn known_failures_are_in_one_note() {
         });
         kept.collect::<Vec<_>>()
     };
-    let results = "c1\tversions\tpassed\tkernel 1\nc1\tdisks\tknown\tvalues of the node (read: 17)\n\
+    let results = "c1\tversions\tpassed\tkernel 1\n\
+                   c1\tdisks\tknown\tvalues of the node (read: 17)\n\
                    c1\tstarts\tfailed\tno view\nc2\tversions\tpassed\tkernel 2\n\
                    c2\tdisks\tknown\tvalues of the node (read: 18)\n\
                    c2\tcpus\tknown\tlxcfs 6: 1 0 2\n";
