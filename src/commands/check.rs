@@ -189,21 +189,18 @@ async fn runtime(cri: &CriClient, pid_from: PidSource) -> Check {
     }
 }
 
-/// What an agent lacks without CRI, and the remedy.
+/// What an agent lacks without CRI. The error has the remedy for a runtime with CRI.
 fn without_cri(pid_from: PidSource) -> &'static str {
     match pid_from {
         PidSource::Auto => {
             "pids are resolved from /proc, but the agent is not ready, and --pods-from cri does \
-             not work; set --cri-endpoint, or on nodes without CRI --pid-from proc"
+             not work; on nodes without CRI set --pid-from proc"
         }
         PidSource::Cri => {
-            "no pid is resolved except those that NRI reports, and the agent is not ready; set \
-             --cri-endpoint, or on nodes without CRI --pid-from proc"
+            "no pid is resolved except those that NRI reports, and the agent is not ready; on \
+             nodes without CRI set --pid-from proc"
         }
-        PidSource::Proc => {
-            "pids are resolved from /proc, and only --pods-from cri does not work; set \
-             --cri-endpoint for it"
-        }
+        PidSource::Proc => "pids are resolved from /proc, and only --pods-from cri does not work",
     }
 }
 
