@@ -21,7 +21,10 @@ pub use self::{
 };
 use crate::{
     mount::{WorkError, observe::LXCFS_FSTYPE},
-    sys::mountinfo::{Dev, Mount, MountTable},
+    sys::{
+        mountinfo::{Dev, Mount, MountTable},
+        statmount::STATX_MNT_ID_UNIQUE,
+    },
 };
 
 /// The beginning of the source of a supervised lxcfs's mount, before its version.
@@ -58,9 +61,6 @@ pub struct Identity {
     /// kernels the plain one.
     pub mount: u64,
 }
-
-/// `STATX_MNT_ID_UNIQUE` (include/uapi/linux/stat.h, kernel 6.8).
-const STATX_MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
 /// Identifies the lxcfs that is mounted at `path`, if one is. It is sent no request.
 pub fn identify(path: &Path) -> Option<Identity> {

@@ -31,8 +31,8 @@ use rustix::{
 };
 
 use super::{
-    Error, Liveness, Outcome, StepError, TableLimit, Task, WorkerContext, attrs, observe, scratch,
-    table,
+    Error, Liveness, Outcome, StepError, TableLimit, Task, WorkerContext, attrs, observe, paths,
+    scratch, table,
 };
 use crate::{
     model::view::{BaseFs, ViewFile},
@@ -41,6 +41,7 @@ use crate::{
         Ownership,
         mountinfo::{Dev, MountId, MountTable, ReadError},
         process::Process,
+        statmount::{self, Buffer},
     },
 };
 
@@ -80,7 +81,7 @@ pub fn reconcile_blocking(
         if task.only_removes() {
             context.prepare_scratch();
         }
-        let (observed, Plan { steps, skipped, view }, bases, applied) =
+        let (observed, Plan { steps, skipped, view }, held, applied) =
             context.enter(process, |entered| {
                 // Another kube-lxcfs may be at work here: the lock keeps it from changes between
                 // our observation and our steps.
@@ -88,10 +89,12 @@ pub fn reconcile_blocking(
                     lock = entered.try_lock();
                 }
                 let may_change = lock.is_some() || if_locked == IfLocked::Ignore;
-                let mut observed = entered.observe(limit)?;
+                let (mut observed, mut held) = entered.observe_and_hold(limit)?;
                 observed.mark_locked(&locked);
                 let plan = task.plan(&observed);
-                let bases = entered.hold_bases(&observed, &plan.steps);
+                if !held.by_path {
+                    held.bases = entered.hold_bases(&observed, &plan.steps);
+                }
                 if may_change && !observed.scratch.is_empty() {
                     entered.remove_scratch(&observed);
                 }
@@ -99,11 +102,11 @@ pub fn reconcile_blocking(
                 let without_clones = |step: &Step| matches!(step, Step::Remove { .. });
                 let applied = if may_change && plan.steps.iter().all(without_clones) {
                     let steps = plan.steps.iter().map(|step| (*step, None)).collect();
-                    Some(entered.apply(&observed, &bases, steps)?)
+                    Some(entered.apply(&observed, &held, steps)?)
                 } else {
                     None
                 };
-                Ok((observed, plan, bases, applied))
+                Ok((observed, plan, held, applied))
             })?;
         (outcome.skipped, outcome.view) = (skipped, view);
         if steps.is_empty() && observed.scratch.is_empty() {
@@ -119,7 +122,7 @@ pub fn reconcile_blocking(
                     context.prepare_scratch();
                 }
                 let steps = with_clones(context, task, steps)?;
-                let apply = |entered: &EnteredNs<'_>| entered.apply(&observed, &bases, steps);
+                let apply = |entered: &EnteredNs<'_>| entered.apply(&observed, &held, steps);
                 match &lock {
                     Some(namespace) => context.enter_again(namespace, process, apply)?,
                     None => context.enter(process, apply)?,
@@ -243,11 +246,43 @@ impl From<Errno> for StepFailure {
 /// its id. One that is not the mount of the observation is absent.
 type Bases = BTreeMap<BaseFs, (MountId, io::Result<OwnedFd>)>;
 
-fn base(bases: &Bases, base: BaseFs) -> Result<&OwnedFd, StepFailure> {
-    match bases.get(&base) {
-        None => Err(StepFailure::Changed),
-        Some((_, Ok(dir))) => Ok(dir),
-        Some((_, Err(e))) => Err(StepFailure::Failed(io::Error::new(e.kind(), e.to_string()))),
+/// What is held open from the plan to the last step.
+#[derive(Default)]
+struct Held {
+    bases: Bases,
+    /// The container was observed by path: see `paths.rs`.
+    by_path: bool,
+    own: BTreeMap<ViewFile, OwnedFd>,
+    tops: BTreeMap<ViewFile, (MountId, OwnedFd)>,
+}
+
+impl Held {
+    fn base(&self, base: BaseFs) -> Result<&OwnedFd, StepFailure> {
+        match self.bases.get(&base) {
+            None => Err(StepFailure::Changed),
+            Some((_, Ok(dir))) => Ok(dir),
+            Some((_, Err(e))) => Err(StepFailure::Failed(io::Error::new(e.kind(), e.to_string()))),
+        }
+    }
+
+    /// Opens the mount on a view file's path again, if it is the one with this id. If it was
+    /// observed by path, it must still lie on the base.
+    fn open_mount(&self, file: ViewFile, mount: MountId) -> Result<OwnedFd, StepFailure> {
+        let top = open_mount(self.base(file.base())?, file, mount)?;
+        if self.by_path {
+            let mut buffer = Buffer::default();
+            let status = statmount::of(&top, &mut buffer).map_err(|_| StepFailure::Changed)?;
+            let base = self.bases.get(&file.base()).map(|(id, _)| *id);
+            if (status.id, Some(status.parent)) != (mount, base) {
+                return Err(StepFailure::Changed);
+            }
+        }
+        Ok(top)
+    }
+
+    /// The mount on a view file's path, if it is the one with this id.
+    fn top(&self, file: ViewFile, mount: MountId) -> Option<&OwnedFd> {
+        self.tops.get(&file).filter(|(id, _)| *id == mount).map(|(_, top)| top)
     }
 }
 
@@ -276,6 +311,19 @@ impl<'a> EnteredNs<'a> {
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).ok().map(|()| file)
     }
 
+    /// Observes the container by path where that is possible, and holds what was opened.
+    fn observe_and_hold(&self, limit: TableLimit) -> Result<(ObservedMounts, Held), Error> {
+        let by_path = self.context.statmount && self.process.root() == Path::new("/");
+        let Some(observed) = by_path.then(paths::resolve).flatten() else {
+            return Ok((self.observe(limit)?, Held::default()));
+        };
+        let paths::Observed { mounts, bases, own, tops } = observed;
+        let with_id = |(base, dir)| Some((base, (mounts.bases.get(&base)?.id, Ok(dir))));
+        let bases = bases.into_iter().filter_map(with_id).collect();
+        Ok((mounts, Held { bases, by_path: true, own, tops }))
+    }
+
+    /// Observes the container by its mount table.
     pub(super) fn observe(&self, limit: TableLimit) -> Result<ObservedMounts, Error> {
         let text = self.mountinfo(limit)?;
         let table = self.parse(&text)?;
@@ -340,11 +388,11 @@ impl<'a> EnteredNs<'a> {
     fn apply(
         &self,
         observed: &ObservedMounts,
-        bases: &Bases,
+        held: &Held,
         steps: Vec<StepWithClone>,
     ) -> Result<Vec<Applied>, Error> {
-        let in_host = self.steps_into_host(observed, bases, &steps)?;
-        let mut detacher = Detacher::new(self.context, observed, bases, &steps);
+        let in_host = self.steps_into_host(observed, held, &steps)?;
+        let mut detacher = Detacher::new(self.context, observed, held, &steps);
         let mut moved = Vec::new();
         let mut applied = Vec::with_capacity(steps.len());
         for (step, clone) in steps {
@@ -352,7 +400,7 @@ impl<'a> EnteredNs<'a> {
             let result = if in_host.contains(&step.file()) {
                 Err(("mount", StepFailure::Changed))
             } else {
-                self.apply_step(bases, step, clone, &mut detacher)
+                self.apply_step(held, step, clone, &mut detacher)
             };
             if detacher.moved() > before {
                 moved.push(applied.len());
@@ -394,7 +442,7 @@ impl<'a> EnteredNs<'a> {
     fn steps_into_host(
         &self,
         observed: &ObservedMounts,
-        bases: &Bases,
+        held: &Held,
         steps: &[StepWithClone],
     ) -> Result<HashSet<ViewFile>, Error> {
         // A mount that is in no peer group never joins one of the host's: only clones of a shared
@@ -402,7 +450,8 @@ impl<'a> EnteredNs<'a> {
         let is_known = |step: Step| match step {
             Step::Remove { .. } => true,
             Step::Inject(file) => !observed.shared.contains(&file.base()),
-            _ => false,
+            // Each lies on such a base, which is checked again when it is opened.
+            _ => held.by_path,
         };
         if steps.iter().all(|(step, _)| is_known(*step)) {
             return Ok(HashSet::new());
@@ -414,7 +463,7 @@ impl<'a> EnteredNs<'a> {
             let target = match step {
                 _ if is_known(step) => return Some(true),
                 Step::Remove { .. } => return Some(true),
-                Step::Inject(file) => bases.get(&file.base())?.0,
+                Step::Inject(file) => held.bases.get(&file.base())?.0,
                 Step::Cover { mount, locked: true, .. } => mount,
                 Step::Cover { mount, .. }
                 | Step::Remount { mount, .. }
@@ -430,26 +479,35 @@ impl<'a> EnteredNs<'a> {
     /// Applies one step. An error comes with the verb of what failed.
     fn apply_step(
         &self,
-        bases: &Bases,
+        held: &Held,
         step: Step,
         clone: Option<io::Result<OwnedFd>>,
         detacher: &mut Detacher,
     ) -> Result<(), (&'static str, StepFailure)> {
         let clone = clone.transpose().map_err(|e| ("clone", StepFailure::Failed(e)))?;
-        let base = base(bases, step.file().base()).map_err(|e| ("open the base of", e))?;
+        let base = held.base(step.file().base()).map_err(|e| ("open the base of", e))?;
         match (step, clone) {
             (Step::Inject(file), Some(clone)) => {
-                inject(base, file, &clone).map_err(|e| ("inject", e))
+                let injected = match held.own.get(&file) {
+                    Some(own) => attach(&clone, own),
+                    None => inject(base, file, &clone),
+                };
+                injected.map_err(|e| ("inject", e))
             }
             (Step::Remove { file, mount }, _) => {
-                remove(base, file, mount, detacher).map_err(|e| ("remove", e))
+                let removed = match held.top(file, mount) {
+                    Some(top) => {
+                        detacher.detach(top, file).map_err(|e| refused(e, base, file, mount))
+                    }
+                    None => remove(base, file, mount, detacher),
+                };
+                removed.map_err(|e| ("remove", e))
             }
             // Before kernel 6.5 a cover stays below its successor.
             (Step::Cover { file, mount, locked, .. }, Some(clone))
                 if locked || !self.context.beneath =>
             {
-                let covered = open_mount(base, file, mount)
-                    .and_then(|top| Ok(move_mount(&clone, &top, MoveMountFlags::empty())?));
+                let covered = held.open_mount(file, mount).and_then(|top| attach(&clone, &top));
                 covered.map_err(|e| ("cover", e))
             }
             (
@@ -459,7 +517,7 @@ impl<'a> EnteredNs<'a> {
                 Some(clone),
             ) => {
                 let remounted = if self.context.beneath {
-                    remount(base, file, mount, &clone, detacher)
+                    remount(held, file, mount, &clone, detacher)
                 } else {
                     // Before kernel 6.5 the container's own file shows for a moment.
                     remove(base, file, mount, detacher).and_then(|()| inject(base, file, &clone))
@@ -504,19 +562,19 @@ impl Detacher {
     fn new(
         context: &WorkerContext,
         observed: &ObservedMounts,
-        bases: &Bases,
+        held: &Held,
         steps: &[StepWithClone],
     ) -> Detacher {
         let steps: Vec<Step> = steps.iter().map(|(step, _)| *step).collect();
         // On a shared procfs it would appear in other namespaces, and no mount could be moved.
         let may = may_detach_together(&steps, context.beneath)
             && !observed.shared.contains(&BaseFs::Procfs);
-        let scratch = may.then(|| Detacher::attach(context, bases)).flatten();
+        let scratch = may.then(|| Detacher::attach(context, held)).flatten();
         Detacher { scratch, ..Detacher::default() }
     }
 
-    fn attach(context: &WorkerContext, bases: &Bases) -> Option<OwnedFd> {
-        let base = base(bases, BaseFs::Procfs).ok()?;
+    fn attach(context: &WorkerContext, held: &Held) -> Option<OwnedFd> {
+        let base = held.base(BaseFs::Procfs).ok()?;
         let point = open(base, scratch::POINT_IN_PROC, ResolveFlags::NO_XDEV).ok()?;
         let scratch = context.take_scratch()?;
         match move_mount(&scratch, &point, MoveMountFlags::empty()) {
@@ -587,17 +645,22 @@ fn inject(base: &OwnedFd, file: ViewFile, clone: &OwnedFd) -> Result<(), StepFai
         Errno::XDEV => StepFailure::Skipped(SkipReason::PathOccupied),
         e => e.into(),
     })?;
-    Ok(move_mount(clone, &target, MoveMountFlags::empty())?)
+    attach(clone, &target)
+}
+
+fn attach(clone: &OwnedFd, target: &OwnedFd) -> Result<(), StepFailure> {
+    Ok(move_mount(clone, target, MoveMountFlags::empty())?)
 }
 
 fn remount(
-    base: &OwnedFd,
+    held: &Held,
     file: ViewFile,
     mount: MountId,
     clone: &OwnedFd,
     detacher: &mut Detacher,
 ) -> Result<(), StepFailure> {
-    let old = open_mount(base, file, mount)?;
+    let base = held.base(file.base())?;
+    let old = held.open_mount(file, mount)?;
     move_mount(clone, &old, MoveMountFlags::MOVE_MOUNT_BENEATH)
         .and_then(|()| detacher.detach(&old, file))
         .map_err(|e| refused(e, base, file, mount))
@@ -626,7 +689,7 @@ fn open_mount(base: &OwnedFd, file: ViewFile, mount: MountId) -> Result<OwnedFd,
 
 /// Opens what is mounted on a view file's path. A mount on a directory above the file is not
 /// crossed (EXDEV): the lookup of the next component would be a request to its file system.
-fn open_view(base: &OwnedFd, file: ViewFile) -> Result<OwnedFd, Errno> {
+pub(super) fn open_view(base: &OwnedFd, file: ViewFile) -> Result<OwnedFd, Errno> {
     let Some((directory, name)) = file.path_in_base().rsplit_once('/') else {
         return open(base, file.path_in_base(), ResolveFlags::empty());
     };
@@ -661,7 +724,7 @@ fn refused(e: Errno, base: &OwnedFd, file: ViewFile, mount: MountId) -> StepFail
     }
 }
 
-fn open(dir: impl AsFd, path: &str, more: ResolveFlags) -> Result<OwnedFd, Errno> {
+pub(super) fn open(dir: impl AsFd, path: &str, more: ResolveFlags) -> Result<OwnedFd, Errno> {
     let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | more;
     rustix::fs::openat2(dir, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
 }

@@ -10,6 +10,7 @@ mod driver;
 mod liveness;
 mod namespace;
 pub mod observe;
+mod paths;
 mod scratch;
 mod sysfs;
 pub mod table;

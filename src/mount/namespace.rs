@@ -23,6 +23,7 @@ use crate::{
     sys::{
         mountinfo::{self, Mount},
         process::Process,
+        statmount::{self, Buffer},
         syscalls,
     },
 };
@@ -56,6 +57,8 @@ pub struct WorkerContext {
     pub(super) beneath: bool,
     /// The kernel has mount_setattr(2).
     pub(super) mount_setattr: bool,
+    /// The kernel has statmount(2), and no seccomp profile forbids it.
+    pub(super) statmount: bool,
     /// A clone of the scratch mount for the next container. An unused one is kept, because its end
     /// would wait for RCU.
     spare_scratch: RefCell<Option<OwnedFd>>,
@@ -87,6 +90,7 @@ impl WorkerContext {
             })
             .map(|stat| NamespaceId::of(&stat))
             .collect();
+        let statmount = statmount::of(&proc, &mut Buffer::default()).is_ok();
         Ok(WorkerContext {
             own_mntns,
             own_ns,
@@ -96,6 +100,7 @@ impl WorkerContext {
             fds,
             beneath: syscalls::has_move_mount_beneath(),
             mount_setattr: syscalls::has_mount_setattr(),
+            statmount,
             spare_scratch: RefCell::new(None),
         })
     }

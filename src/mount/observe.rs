@@ -5,7 +5,10 @@ use super::scratch;
 use crate::{
     model::view::{BaseFs, ViewFile},
     plan::{Layer, LayerKind, MountIdentity, ObservedMounts, UnusableBase},
-    sys::mountinfo::{Mount, MountId, MountTable},
+    sys::{
+        MOUNT_ATTR_ATIME, MOUNT_ATTR_NODIRATIME, MOUNT_ATTR_NOEXEC,
+        mountinfo::{Dev, Mount, MountId, MountTable},
+    },
 };
 
 /// The file system type of an lxcfs mount (libfuse: `fuse.` and the subtype).
@@ -92,26 +95,38 @@ fn directory_cover<'t>(
 }
 
 fn layer(mount: &Mount<'_>, file: ViewFile) -> Layer {
-    let kind = match (&*mount.fstype, Mark::of(mount.options)) {
-        (LXCFS_FSTYPE, mark) if is_root_of(&mount.root, file.path()) => match mark {
-            None => LayerKind::PodProvided(mount.dev),
-            Some(Mark::Managed) => LayerKind::Managed(mount.dev),
-            Some(Mark::Cover) => LayerKind::Cover(Some(mount.dev)),
+    let mark = Mark::of_options(mount.options);
+    let kind = kind(&mount.fstype, &mount.root, mount.dev, mark, file);
+    Layer { id: mount.id, kind, locked: false }
+}
+
+/// The kind of a mount on a view file's path, of this file system type, root and device.
+pub(super) fn kind(
+    fstype: &[u8],
+    root: &[u8],
+    dev: Dev,
+    mark: Option<Mark>,
+    file: ViewFile,
+) -> LayerKind {
+    match (fstype, mark) {
+        (LXCFS_FSTYPE, mark) if is_root_of(root, file.path()) => match mark {
+            None => LayerKind::PodProvided(dev),
+            Some(Mark::Managed) => LayerKind::Managed(dev),
+            Some(Mark::Cover) => LayerKind::Cover(Some(dev)),
         },
         (fstype, Some(Mark::Cover))
             if *fstype == *file.base().fstype().as_bytes()
-                && is_root_of(&mount.root, file.path_in_base()) =>
+                && is_root_of(root, file.path_in_base()) =>
         {
             LayerKind::Cover(None)
         }
         _ => LayerKind::Unrelated,
-    };
-    Layer { id: mount.id, kind, locked: false }
+    }
 }
 
 /// What the per-mount options show about a mount.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mark {
+pub(super) enum Mark {
     Managed,
     Cover,
 }
@@ -120,13 +135,25 @@ impl Mark {
     /// Every mount of kube-lxcfs has `noexec`, and all but adopted ones `noatime`. A container with
     /// `CAP_SYS_ADMIN` can remount them with other options: `noexec` without `relatime` is enough.
     /// Pod-provided mounts inherit lxcfs's `nosuid,nodev,relatime`. Only covers have `nodiratime`.
-    fn of(options: &[u8]) -> Option<Mark> {
-        let has = |option: &[u8]| options.split(|b| *b == b',').any(|o| o == option);
-        match has(b"noexec") && !has(b"relatime") {
+    fn of(noexec: bool, relatime: bool, nodiratime: bool) -> Option<Mark> {
+        match noexec && !relatime {
             false => None,
-            true if has(b"nodiratime") => Some(Mark::Cover),
+            true if nodiratime => Some(Mark::Cover),
             true => Some(Mark::Managed),
         }
+    }
+
+    /// By the options of the mount table.
+    fn of_options(options: &[u8]) -> Option<Mark> {
+        let has = |option: &[u8]| options.split(|b| *b == b',').any(|o| o == option);
+        Mark::of(has(b"noexec"), has(b"relatime"), has(b"nodiratime"))
+    }
+
+    /// By the attributes of statmount(2).
+    pub(super) fn of_attributes(attributes: u64) -> Option<Mark> {
+        let has = |attribute| attributes & attribute != 0;
+        let relatime = attributes & MOUNT_ATTR_ATIME == 0;
+        Mark::of(has(MOUNT_ATTR_NOEXEC), relatime, has(MOUNT_ATTR_NODIRATIME))
     }
 }
 
@@ -142,7 +169,6 @@ mod tests {
     use proptest::{collection::vec, prelude::*};
 
     use super::*;
-    use crate::sys::mountinfo::Dev;
 
     const CONTAINER: &str = "\
 700 600 0:50 / / rw,relatime - overlay overlay rw,lowerdir=/l

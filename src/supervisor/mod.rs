@@ -113,7 +113,8 @@ pub enum Error {
 enum ExitReason {
     Exited(io::Result<ExitStatus>),
     Hung,
-    /// The serving path was unmounted, or another mount covers it. Existing views still work.
+    /// The serving path was unmounted, or another mount covers it. Existing views still work,
+    /// unless lxcfs unmounted it because it was terminated.
     Unmounted,
     Shutdown,
 }
@@ -217,15 +218,20 @@ impl Supervisor {
                         .serve(&mut child, identity, &pools, &mut mount_table, &mut signals)
                         .await;
                     self.metrics.set_up(false);
-                    self.stop_serving(&mut child, dev, &reason);
-                    match held {
+                    self.stop_serving(dev, &reason);
+                    let recovers = match reason {
+                        ExitReason::Exited(_) | ExitReason::Hung => true,
+                        // Its readers wait, or its views are swept while it still serves.
+                        ExitReason::Unmounted => connection.is_some(),
+                        ExitReason::Shutdown => false,
+                    };
+                    match held.filter(|_| recovers) {
                         // Its views are dead, and must not keep the next lxcfs from serving.
-                        Some(held)
-                            if matches!(reason, ExitReason::Exited(_) | ExitReason::Hung) =>
-                        {
+                        Some(held) => {
+                            let _ = child.start_kill();
                             recoveries.start(ExitedLxcfs { dev, held, connection }).await;
                         }
-                        _ => {
+                        None => {
                             self.sweep_before_exit(&mut child, dev, &reason, &pools.sweepers).await;
                         }
                     }
@@ -341,12 +347,11 @@ impl Supervisor {
     }
 
     /// Keeps an lxcfs that stopped serving from new views.
-    fn stop_serving(&self, child: &mut Child, dev: Dev, reason: &ExitReason) {
+    fn stop_serving(&self, dev: Dev, reason: &ExitReason) {
         match reason {
             ExitReason::Hung => {
                 let timeout = self.watchdog;
                 tracing::error!(exit_reason = "hung", ?timeout, "killing an unresponsive lxcfs");
-                let _ = child.start_kill();
             }
             ExitReason::Unmounted => {
                 let path = self.path.display();

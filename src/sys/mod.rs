@@ -2,8 +2,8 @@
 //! processes, mount tables and the check for system calls. Independent of pods and lxcfs.
 #![allow(
     unsafe_code,
-    reason = "mount_setattr(2) and mallopt(3) have no safe wrapper in nix or rustix, and epoll \
-              none in tokio"
+    reason = "mount_setattr(2), statmount(2) and mallopt(3) have no safe wrapper in nix or rustix, \
+              and epoll none in tokio"
 )]
 
 pub mod fuse;
@@ -11,6 +11,7 @@ pub mod host_root;
 pub mod mntns;
 pub mod mountinfo;
 pub mod process;
+pub mod statmount;
 pub mod syscalls;
 
 use std::{
@@ -65,11 +66,12 @@ struct MountAttr {
 const MOUNT_ATTR_RDONLY: u64 = 0x01;
 const MOUNT_ATTR_NOSUID: u64 = 0x02;
 const MOUNT_ATTR_NODEV: u64 = 0x04;
-const MOUNT_ATTR_NOEXEC: u64 = 0x08;
+pub(crate) const MOUNT_ATTR_NOEXEC: u64 = 0x08;
 const MOUNT_ATTR_NOATIME: u64 = 0x10;
-const MOUNT_ATTR_NODIRATIME: u64 = 0x80;
-/// The bits of the access time mode; all are cleared before one is set.
-const MOUNT_ATTR_ATIME: u64 = 0x70;
+pub(crate) const MOUNT_ATTR_NODIRATIME: u64 = 0x80;
+/// The bits of the access time mode, none of them for `relatime`; all are cleared before one is
+/// set.
+pub(crate) const MOUNT_ATTR_ATIME: u64 = 0x70;
 
 /// Who a view file counts as provided by, as its mount options show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,6 +127,39 @@ fn mount_setattr(fd: RawFd, attr: &MountAttr) -> io::Result<()> {
             libc::AT_EMPTY_PATH,
             std::ptr::from_ref(attr),
             size_of::<MountAttr>(),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// `struct mnt_id_req` of statmount(2), in its first version (`MNT_ID_REQ_SIZE_VER0`).
+#[repr(C)]
+struct MntIdReq {
+    size: u32,
+    spare: u32,
+    mnt_id: u64,
+    param: u64,
+}
+
+const MNT_ID_REQ_SIZE: u32 = 24;
+const _: () = assert!(size_of::<MntIdReq>() == MNT_ID_REQ_SIZE as usize);
+
+/// statmount(2) has the same number on every architecture.
+const SYS_STATMOUNT: libc::c_long = 457;
+
+/// Describes the mount with this unique id, of the caller's mount namespace, in a
+/// `struct statmount`.
+fn statmount(unique_id: u64, parts: u64, buffer: &mut [u8]) -> io::Result<()> {
+    let request = MntIdReq { size: MNT_ID_REQ_SIZE, spare: 0, mnt_id: unique_id, param: parts };
+    // SAFETY: `request` is a live `struct mnt_id_req` of the size that it gives. The kernel writes
+    // at most `buffer.len()` bytes to the buffer, which is borrowed for the call.
+    let result = unsafe {
+        libc::syscall(
+            SYS_STATMOUNT,
+            std::ptr::from_ref(&request),
+            buffer.as_mut_ptr(),
+            buffer.len(),
+            0,
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

@@ -128,6 +128,28 @@ fn killed_lxcfs_is_restarted_and_views_return() {
 }
 
 #[test]
+fn terminated_lxcfs_is_replaced_while_readers_wait() {
+    isolated(|| {
+        let node = Node::start(4, &[]);
+        let terminated = node.lxcfs.lxcfs();
+        node.read();
+        // It unmounts itself before it exits.
+        node.lxcfs.signal_lxcfs(Signal::SIGTERM);
+        node.replaced(terminated);
+        let seen = seen(&node.readers);
+        println!("SIGTERM: {seen:?}");
+        let supervisor = &node.lxcfs.supervisor;
+        // Its views are remounted, and not swept.
+        let remounted = [("message", "remounted views of an exited lxcfs")];
+        assert_eq!(supervisor.logged(&remounted), 1, "{}", supervisor.log());
+        // On a busy machine the next lxcfs may not serve in time.
+        if supervisor.logged(&[("in_time", "true")]) > 0 {
+            assert!(seen.own > 0 && seen.errors <= node.readers.len() as u64, "{seen:?}");
+        }
+    });
+}
+
+#[test]
 fn readers_wait_while_an_exited_lxcfs_is_swept() {
     isolated(|| {
         let node = Node::start(1, &[]);
