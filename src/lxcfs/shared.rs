@@ -3,11 +3,15 @@
 use std::{
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use super::{Error, Finder, finder::Found};
+use super::{Error, Finder, finder::Found, mounted_at};
 use crate::mount::{LxcfsFiles, Workers};
+
+/// How long a supervised lxcfs that responded counts as responding. The containers of a pod start
+/// within such a time, and its supervisor takes longer to notice that it hangs.
+const RESPONDED: Duration = Duration::from_millis(250);
 
 /// Opens the view files of the serving lxcfs for the first of concurrent users, and closes them
 /// with the last: an open descriptor keeps the lxcfs mount busy. Those of a supervised lxcfs are
@@ -26,8 +30,8 @@ pub struct SharedLxcfs {
 struct LastSearch {
     /// What users have.
     found: Weak<LxcfsFiles>,
-    /// The open files of a supervised lxcfs.
-    held: Option<Found>,
+    /// The open files of a supervised lxcfs, and when it responded.
+    held: Option<(Found, Instant)>,
     failed: Option<(Instant, Arc<Error>)>,
     /// Counts the calls of [`SharedLxcfs::invalidate`].
     generation: u64,
@@ -52,33 +56,36 @@ impl SharedLxcfs {
     }
 
     /// The serving lxcfs: the one that another user holds, or the result of a search. Whether it
-    /// responds is checked in every search, also if its files are held.
+    /// responds is checked in every search, also if its files are held. No search is made for
+    /// [`RESPONDED`] after a supervised one has responded.
     ///
     /// # Errors
     /// [`Acquired::lxcfs`] has those of [`Finder::find`].
     pub async fn acquire(&self) -> Acquired {
         let requested = Instant::now();
         let shared = |lxcfs| Acquired { lxcfs, searched: false };
-        if let Some(lxcfs) = self.last().found.upgrade() {
+        if let Some(lxcfs) = self.last().in_use_or_responded(self.path()) {
             return shared(Ok(lxcfs));
         }
         let _turn = self.search.lock().await;
         let (generation, held) = {
-            let last = self.last();
-            if let Some(lxcfs) = last.found.upgrade() {
+            let mut last = self.last();
+            if let Some(lxcfs) = last.in_use_or_responded(self.path()) {
                 return shared(Ok(lxcfs));
             }
             match &last.failed {
                 Some((at, e)) if *at >= requested => return shared(Err(e.clone())),
-                _ => (last.generation, last.held.clone()),
+                _ => (last.generation, last.held.as_ref().map(|(found, _)| found.clone())),
             }
         };
+        let searched = Instant::now();
         let found = self.finder.find_again(&self.workers, held).await;
         let mut last = self.last();
         let is_current = last.generation == generation;
         if is_current {
             let found = found.as_ref().ok();
-            last.held = found.filter(|found| found.supervised.is_some()).cloned();
+            let supervised = found.filter(|found| found.supervised.is_some()).cloned();
+            last.held = supervised.map(|found| (found, searched));
         }
         let lxcfs = found.map(|found| Arc::new(found.files)).map_err(Arc::new);
         if is_current {
@@ -105,10 +112,24 @@ impl SharedLxcfs {
     }
 }
 
+impl LastSearch {
+    /// What users have, or the open files of a supervised lxcfs that has just responded and is
+    /// still mounted.
+    fn in_use_or_responded(&mut self, path: &Path) -> Option<Arc<LxcfsFiles>> {
+        self.found.upgrade().or_else(|| {
+            let (Found { files, supervised }, responded) = self.held.as_ref()?;
+            if responded.elapsed() > RESPONDED || mounted_at(path) != *supervised {
+                return None;
+            }
+            let lxcfs = Arc::new(files.clone());
+            self.found = Arc::downgrade(&lxcfs);
+            Some(lxcfs)
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[tokio::test]

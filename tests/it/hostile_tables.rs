@@ -80,9 +80,8 @@ fn large_table_is_its_containers_error_alone() {
         if statmount::of(&procfs, &mut Buffer::default()).is_ok() {
             let output = mount();
             assert!(output.status.success(), "{}", stderr(&output));
-            inside(hostile.pid, || {
-                nix::mount::umount2("/proc/meminfo", MntFlags::MNT_DETACH).unwrap()
-            });
+            let detach = MntFlags::MNT_DETACH;
+            inside(hostile.pid, || nix::mount::umount2("/proc/meminfo", detach).unwrap());
         }
         inside(hostile.pid, || (0..2).for_each(|_| bind("/proc/uptime", "/proc/meminfo")));
         let error = error_line(&mount());
