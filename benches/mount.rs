@@ -171,7 +171,13 @@ fn one_container(
             mount::reconcile_blocking(
                 context,
                 &process,
-                &Task::reconcile(DesiredView::Exactly(FileSet::ALL), Some(lxcfs.clone())),
+                // As a start has it.
+                &Task::Reconcile {
+                    desired: DesiredView::Exactly(FileSet::ALL),
+                    lxcfs: Some(lxcfs.clone()),
+                    adopt: false,
+                    fresh: true,
+                },
                 IfLocked::Fail,
                 TableLimit::Large,
             )

@@ -96,7 +96,7 @@ impl Reconciler {
             };
             let permit = permits.acquire_owned().await;
             let started = Instant::now();
-            let task = Task::Reconcile { desired, lxcfs, adopt };
+            let task = Task::Reconcile { desired, lxcfs, adopt, fresh: blocks_start };
             let process = match process {
                 Some(process) => process,
                 None => runtime.process(&id, pid).await,

@@ -2,8 +2,9 @@
 //!
 //! The thread enters the namespace, locks it, reads the mount table and plans. If there are steps,
 //! it returns to make detached mounts of lxcfs's files, because the kernel clones only mounts of
-//! the caller's namespace. Then it enters again and applies the steps. If the mounts changed in
-//! between, it plans again.
+//! the caller's namespace. Then it enters again and applies the steps. For a container that has
+//! just been created, it makes them before it enters, once. If the mounts changed in between, it
+//! plans again.
 //!
 //! Nothing in the container is trusted. Paths are opened without following links and without
 //! crossing a mount; only the last component of a view file's path leads into the mount on it. So
@@ -81,6 +82,9 @@ pub fn reconcile_blocking(
         if task.only_removes() {
             context.prepare_scratch();
         }
+        let is_first = attempts_left == MAX_REPLANS - 1;
+        let likely = if is_first { task.likely_steps() } else { Vec::new() };
+        let mut prepared = with_clones(context, task, likely)?;
         let (observed, Plan { steps, skipped, view }, held, applied) =
             context.enter(process, |entered| {
                 // Another kube-lxcfs may be at work here: the lock keeps it from changes between
@@ -98,14 +102,19 @@ pub fn reconcile_blocking(
                 if may_change && !observed.scratch.is_empty() {
                     entered.remove_scratch(&observed);
                 }
-                // Steps without clones need no second entry.
+                // Steps without clones need no second entry, nor do those that have theirs.
                 let without_clones = |step: &Step| matches!(step, Step::Remove { .. });
-                let applied = if may_change && plan.steps.iter().all(without_clones) {
-                    let steps = plan.steps.iter().map(|step| (*step, None)).collect();
-                    Some(entered.apply(&observed, &held, steps)?)
+                let steps: Option<Vec<StepWithClone>> = if !may_change {
+                    None
+                } else if plan.steps.iter().all(without_clones) {
+                    Some(plan.steps.iter().map(|step| (*step, None)).collect())
+                } else if prepared.iter().map(|(step, _)| step).eq(&plan.steps) {
+                    Some(std::mem::take(&mut prepared))
                 } else {
                     None
                 };
+                let applied = steps.map(|steps| entered.apply(&observed, &held, steps));
+                let applied = applied.transpose()?;
                 Ok((observed, plan, held, applied))
             })?;
         (outcome.skipped, outcome.view) = (skipped, view);

@@ -141,8 +141,9 @@ pub struct Outcome {
 #[derive(Clone, Debug)]
 pub enum Task {
     /// Make the view the desired one; without `lxcfs` nothing is injected. With `adopt`,
-    /// pod-provided lxcfs files are made current too.
-    Reconcile { desired: DesiredView, lxcfs: Option<Arc<LxcfsFiles>>, adopt: bool },
+    /// pod-provided lxcfs files are made current too. A `fresh` container has just been created,
+    /// and likely has no mount on its view files' paths.
+    Reconcile { desired: DesiredView, lxcfs: Option<Arc<LxcfsFiles>>, adopt: bool, fresh: bool },
     /// Remount the view from `lxcfs` if it has files of this other one, which has exited.
     Recover { exited: Dev, lxcfs: Arc<LxcfsFiles> },
     /// Remove the view files of these lxcfs, which have exited or are about to.
@@ -151,7 +152,7 @@ pub enum Task {
 
 impl Task {
     pub fn reconcile(desired: DesiredView, lxcfs: Option<Arc<LxcfsFiles>>) -> Task {
-        Task::Reconcile { desired, lxcfs, adopt: false }
+        Task::Reconcile { desired, lxcfs, adopt: false, fresh: false }
     }
 
     /// The outcome of the task in a container with these mounts, if it needs no step.
@@ -171,7 +172,7 @@ impl Task {
 
     fn plan(&self, observed: &ObservedMounts) -> Plan {
         match self {
-            Task::Reconcile { desired, lxcfs, adopt } => {
+            Task::Reconcile { desired, lxcfs, adopt, .. } => {
                 plan::plan(*desired, observed, lxcfs.as_ref().map(|lxcfs| lxcfs.serving()), *adopt)
             }
             Task::Recover { exited, .. } if observed.views().all(|(_, dev)| dev != *exited) => {
@@ -181,6 +182,22 @@ impl Task {
                 plan::plan(DesiredView::REMOUNT_ONLY, observed, Some(lxcfs.serving()), false)
             }
             Task::Sweep(exited) => plan::plan_sweep(observed, |dev| exited.contains(&dev)),
+        }
+    }
+
+    /// The steps in a container that is likely as it was created; none if it is not.
+    fn likely_steps(&self) -> Vec<Step> {
+        match self {
+            Task::Reconcile {
+                desired: DesiredView::Exactly(files) | DesiredView::AtLeast(files),
+                lxcfs: Some(lxcfs),
+                fresh: true,
+                ..
+            } => {
+                let served = lxcfs.files.keys().filter(|file| files.contains(**file));
+                served.map(|file| Step::Inject(*file)).collect()
+            }
+            _ => Vec::new(),
         }
     }
 
@@ -245,4 +262,38 @@ pub async fn observe(
     let observed =
         workers.run(move |context| context.enter(&process, |entered| entered.observe(limit))).await;
     observed.unwrap_or_else(|timeout| Err(timeout.error.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use super::*;
+    use crate::{model::view::BaseFs, plan::MountIdentity, sys::mountinfo::MountId};
+
+    #[test]
+    fn likely_steps_are_those_of_a_fresh_container() {
+        let dev = Dev { major: 0, minor: 40 };
+        let file = || OwnedFd::from(File::open("/dev/null").unwrap());
+        let files = [ViewFile::Cpu, ViewFile::Uptime, ViewFile::Meminfo, ViewFile::Stat];
+        let files = Arc::new(files.into_iter().map(|name| (name, file())).collect());
+        let lxcfs = Some(Arc::new(LxcfsFiles { dev, files, writable: false }));
+        let base = |base| (base, MountIdentity { id: MountId(1), dev });
+        let bases = BaseFs::ALL.into_iter().map(base).collect();
+        let observed = ObservedMounts { bases, ..ObservedMounts::default() };
+        let some = FileSet::from_iter([ViewFile::Uptime, ViewFile::Swaps, ViewFile::Cpu]);
+        for desired in [
+            DesiredView::Exactly(FileSet::ALL),
+            DesiredView::Exactly(some),
+            DesiredView::AtLeast(some),
+        ] {
+            let task = |fresh| {
+                let lxcfs = lxcfs.clone();
+                Task::Reconcile { desired, lxcfs, adopt: false, fresh }
+            };
+            assert_eq!(task(true).likely_steps(), task(true).plan(&observed).steps);
+            assert!(task(true).likely_steps().len() >= 2);
+            assert_eq!(task(false).likely_steps(), []);
+        }
+    }
 }
