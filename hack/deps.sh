@@ -28,7 +28,7 @@ packages_of() {
         ;;
     cluster)
         echo ip iproute2 iptables iptables conntrack conntrack socat socat nsenter util-linux \
-            python3 python3 /usr/lib/cni/bridge containernetworking-plugins
+            python3 python3 jq jq /usr/lib/cni/bridge containernetworking-plugins
         ;;
     image)
         echo buildah buildah mmdebstrap mmdebstrap update-ca-certificates ca-certificates

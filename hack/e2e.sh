@@ -20,6 +20,7 @@
 #   E2E_NRI=1                    the runtime has NRI
 #   E2E_PLUGIN=FILE              the program as a kubectl plugin, of the agent's image by default
 #   E2E_PORT=PORT                the agent's HTTP port, if E2E_VALUES changes it
+#   E2E_ONLY=migrations          only the steps of hack/migrate.sh
 #   E2E_SIZES=SECONDS            also measure memory, and CPU time in SECONDS without changes
 # shellcheck disable=SC2317,SC2329 # steps and conditions are called by name
 set -euo pipefail
@@ -28,6 +29,7 @@ cd "$(dirname "$0")/.."
 
 # ---- the cluster ------------------------------------------------------------------------------
 
+[[ ${E2E_ONLY-} =~ ^(migrations)?$ ]] || fail "unknown E2E_ONLY '$E2E_ONLY'; valid: migrations"
 given=
 if [ -n "${E2E_IMAGE-}" ]; then
     [ -n "${KUBECONFIG-}" ] || fail "E2E_IMAGE needs a cluster; set KUBECONFIG"
@@ -43,8 +45,11 @@ elif [ "${KUBE_LXCFS_IN_NAMESPACE-}" != 1 ]; then
     hack/offline/helm.sh >/dev/null
     # A Bidirectional volume needs a shared root mount. lxcfs 6 reads namespaces of process 1, which
     # may be forbidden outside. All processes exit together with the pid namespace.
-    exec env KUBE_LXCFS_IN_NAMESPACE=1 unshare --mount --propagation shared \
-        --pid --fork --kill-child --mount-proc "$0" "$@"
+    # None of the mounts reaches the machine's own mount namespace.
+    # shellcheck disable=SC2016 # for the inner shell
+    exec env KUBE_LXCFS_IN_NAMESPACE=1 unshare --mount --propagation private \
+        --pid --fork --kill-child --mount-proc \
+        sh -c 'mount --make-rshared / && mount --make-private /proc && exec "$@"' sh "$0" "$@"
 fi
 
 PATH="$(hack/offline/helm.sh):$PATH"
@@ -938,12 +943,9 @@ uninstall_removes_every_view() {
     eventually 60 "all pods see the node" all_pods sees_node in
 }
 
-main() {
-    if [ -z "$given" ]; then
-        step the_images_build
-        step a_node_and_its_control_plane_start
-    fi
-    step the_namespace_of_the_pods_is_created
+. hack/migrate.sh
+
+all_other_steps() {
     step helm_installs_the_chart
     step pods_that_opt_in_see_their_limit_and_others_the_node
     step metrics_and_status_agree
@@ -978,6 +980,16 @@ main() {
     else
         step uninstall_leaves_nothing_ten_times
     fi
+}
+
+main() {
+    if [ -z "$given" ]; then
+        step the_images_build
+        step a_node_and_its_control_plane_start
+    fi
+    step the_namespace_of_the_pods_is_created
+    if [ "${E2E_ONLY-}" != migrations ]; then all_other_steps; fi
+    node_step the_commands_of_docs_migrating_md_keep_views
     result=passed
 }
 
