@@ -36,7 +36,7 @@ use super::{
     scratch, table,
 };
 use crate::{
-    model::view::{BaseFs, ViewFile},
+    model::view::{BaseFs, FileSet, ViewFile},
     plan::{CoverFile, MountIdentity, ObservedMounts, Plan, SkipReason, Step},
     sys::{
         Ownership,
@@ -84,6 +84,7 @@ pub fn reconcile_blocking(
         }
         let is_first = attempts_left == MAX_REPLANS - 1;
         let likely = if is_first { task.likely_steps() } else { Vec::new() };
+        let fresh: FileSet = likely.iter().map(|step| step.file()).collect();
         let mut prepared = with_clones(context, task, likely)?;
         let (observed, Plan { steps, skipped, view }, held, applied) =
             context.enter(process, |entered| {
@@ -93,7 +94,7 @@ pub fn reconcile_blocking(
                     lock = entered.try_lock();
                 }
                 let may_change = lock.is_some() || if_locked == IfLocked::Ignore;
-                let (mut observed, mut held) = entered.observe_and_hold(limit)?;
+                let (mut observed, mut held) = entered.observe_and_hold(limit, fresh)?;
                 observed.mark_locked(&locked);
                 let plan = task.plan(&observed);
                 if !held.by_path {
@@ -320,10 +321,16 @@ impl<'a> EnteredNs<'a> {
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).ok().map(|()| file)
     }
 
-    /// Observes the container by path where that is possible, and holds what was opened.
-    fn observe_and_hold(&self, limit: TableLimit) -> Result<(ObservedMounts, Held), Error> {
+    /// Observes the container by path where that is possible, and holds what was opened. If it is
+    /// `fresh`, it can have mounts only on these files.
+    fn observe_and_hold(
+        &self,
+        limit: TableLimit,
+        fresh: FileSet,
+    ) -> Result<(ObservedMounts, Held), Error> {
         let by_path = self.context.statmount && self.process.root() == Path::new("/");
-        let Some(observed) = by_path.then(paths::resolve).flatten() else {
+        let fresh = Some(fresh).filter(|fresh| !fresh.is_empty());
+        let Some(observed) = by_path.then(|| paths::resolve(fresh)).flatten() else {
             return Ok((self.observe(limit)?, Held::default()));
         };
         let paths::Observed { mounts, bases, own, tops } = observed;

@@ -17,7 +17,7 @@ use super::{
     scratch,
 };
 use crate::{
-    model::view::{BaseFs, ViewFile},
+    model::view::{BaseFs, FileSet, ViewFile},
     plan::{Layer, LayerKind, MountIdentity, ObservedMounts},
     sys::{
         mountinfo::MountId,
@@ -36,9 +36,9 @@ pub(super) struct Observed {
 }
 
 /// Resolves the view files' paths in the namespace that the thread is in, for a container whose root
-/// is `/`. `None` if the
-/// mount table must be read.
-pub(super) fn resolve() -> Option<Observed> {
+/// is `/`. `None` if the mount table must be read. A `fresh` container has no scratch mount, and
+/// can have mounts only on these files.
+pub(super) fn resolve(fresh: Option<FileSet>) -> Option<Observed> {
     let mut buffer = Buffer::default();
     let mut observed = Observed {
         mounts: ObservedMounts::default(),
@@ -57,11 +57,13 @@ pub(super) fn resolve() -> Option<Observed> {
             return None;
         }
         let mount = MountIdentity { id: mount.id, dev: mount.dev };
-        if base == BaseFs::Procfs && !is_without_scratch(&dir) {
+        if base == BaseFs::Procfs && fresh.is_none() && !is_without_scratch(&dir) {
             return None;
         }
         observed.mounts.bases.insert(base, mount);
-        observe_files(&mut observed, base, &dir, mount.id, &mut buffer)?;
+        let files = ViewFile::ALL.into_iter().filter(|file| file.base() == base);
+        let files = files.filter(|file| fresh.is_none_or(|fresh| fresh.contains(*file)));
+        observe_files(&mut observed, files, &dir, mount.id, &mut buffer)?;
         observed.bases.insert(base, dir);
     }
     Some(observed)
@@ -74,14 +76,14 @@ fn is_without_scratch(procfs: &OwnedFd) -> bool {
 
 fn observe_files(
     observed: &mut Observed,
-    base: BaseFs,
+    files: impl Iterator<Item = ViewFile>,
     dir: &OwnedFd,
     mount: MountId,
     buffer: &mut Buffer,
 ) -> Option<()> {
     // A container has views of most files, or of none: the likely one of two ways is tried first.
     let mut expects_own = true;
-    for file in ViewFile::ALL.into_iter().filter(|file| file.base() == base) {
+    for file in files {
         let own = if expects_own {
             open(dir, file.path_in_base(), ResolveFlags::NO_XDEV)
         } else {
@@ -167,7 +169,7 @@ mod tests {
     fn observation_by_path_is_that_of_the_table() {
         in_namespace(|| {
             let agrees = |on_paths: usize| {
-                let Some(observed) = resolve() else {
+                let Some(observed) = resolve(None) else {
                     assert!(!kernel_has_it(), "{:?}", by_table());
                     return;
                 };
@@ -194,6 +196,14 @@ mod tests {
             // A mount beside the paths.
             bind("/proc/version", "/proc/version");
             agrees(3);
+            let fresh = FileSet::from_iter([ViewFile::Meminfo, ViewFile::Swaps]);
+            if let Some(observed) = resolve(Some(fresh)) {
+                assert_eq!(
+                    observed.mounts.layers.into_keys().collect::<Vec<_>>(),
+                    [ViewFile::Meminfo]
+                );
+                assert_eq!(observed.own.into_keys().collect::<Vec<_>>(), [ViewFile::Swaps]);
+            }
         });
     }
 
@@ -210,7 +220,7 @@ mod tests {
         for make in unusual {
             in_namespace(|| {
                 make();
-                assert!(resolve().is_none());
+                assert!(resolve(None).is_none());
             });
         }
     }
