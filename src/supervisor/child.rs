@@ -76,6 +76,14 @@ pub(super) fn pid(child: &Child) -> Option<Pid> {
     child.id().and_then(|pid| Pid::from_raw(pid.cast_signed()))
 }
 
+/// The CPU time that it has used, in ticks of 10 ms.
+pub(super) fn cpu_time(pid: Pid) -> Option<Duration> {
+    let process = procfs::process::Process::new(pid.as_raw_nonzero().get());
+    let stat = process.and_then(|process| process.stat()).ok()?;
+    let ticks = stat.utime.checked_add(stat.stime)?;
+    Some(Duration::from_millis(ticks.checked_mul(1000)? / procfs::ticks_per_second().max(1)))
+}
+
 /// The pid file, beside the mount point, so that it is removed with the directory that holds both.
 pub(super) fn pid_file(path: &Path) -> PathBuf {
     let name =

@@ -33,7 +33,7 @@ use std::{
 use rustix::{
     fs::{AtFlags, Mode, OFlags, StatxFlags},
     mount::UnmountFlags,
-    process::Signal,
+    process::{Pid, Signal},
 };
 use tokio::{
     process::Child,
@@ -49,7 +49,7 @@ use self::{
 };
 use crate::{
     lxcfs::{Error as FindError, Finder, Identity, MountTableWatch, identify, is_mounted},
-    mount::{LxcfsFiles, Workers},
+    mount::{JobTimeout, LxcfsFiles, Workers},
     node,
     runtime::cgroup::CgroupVersion,
     sys::mountinfo::Dev,
@@ -70,6 +70,10 @@ const SWEEP_DEADLINE: Duration = Duration::from_secs(5);
 const STARTUP_TIMEOUT: Duration = Duration::from_secs(10);
 /// The interval between checks for the mount during a start.
 const STARTUP_POLL: Duration = Duration::from_millis(5);
+/// An lxcfs works if it uses one part in so many of the watchdog's time as CPU time.
+const WORKING_SHARE: u32 = 8;
+/// How many times longer than the watchdog's time an lxcfs that works may take to respond.
+const MAX_EXTENSIONS: u32 = 3;
 /// A reader that opened a view file just before its removal finishes within this time.
 const DRAIN: Duration = Duration::from_millis(200);
 /// The delay before a restart, from the second failure on.
@@ -84,7 +88,7 @@ pub struct Supervisor {
     /// `None`: the one that fits the node's cgroup version.
     pub bin: Option<PathBuf>,
     pub args: Vec<OsString>,
-    /// An lxcfs that does not respond for this time is killed.
+    /// An lxcfs that does not respond for this time, and does not work meanwhile, is killed.
     pub watchdog: Duration,
     pub metrics: Arc<SupervisorMetrics>,
 }
@@ -310,18 +314,7 @@ impl Supervisor {
         signals: &mut Signals,
     ) -> ExitReason {
         let pid = child::pid(child);
-        let uptime = self.path.join("proc/uptime");
-        let hangs = async {
-            loop {
-                tokio::time::sleep(pools.probe_interval).await;
-                let uptime = uptime.clone();
-                // An error is a response too: `unmounted` notices a path that was unmounted or
-                // covered.
-                if pools.probe_workers.run(move |_| std::fs::read(uptime).is_ok()).await.is_err() {
-                    return;
-                }
-            }
-        };
+        let hangs = self.hangs(pid, pools);
         let unmounted = async {
             // A covered lxcfs serves no new view.
             while is_mounted(&self.path, serving) {
@@ -343,6 +336,33 @@ impl Supervisor {
                     }
                 }
             }
+        }
+    }
+
+    /// Waits until lxcfs hangs: until it does not respond in time, and does not work meanwhile. With
+    /// many readers it works, and responds late: to kill it would only make more of them wait for
+    /// the next one.
+    async fn hangs(&self, pid: Option<Pid>, pools: &Pools) {
+        let uptime = self.path.join("proc/uptime");
+        'probes: loop {
+            tokio::time::sleep(pools.probe_interval).await;
+            let (uptime, mut used) = (uptime.clone(), pid.and_then(child::cpu_time));
+            // An error is a response too: `unmounted` notices a path that was unmounted or covered.
+            let probe = pools.probe_workers.run(move |_| std::fs::read(uptime).is_ok()).await;
+            let Err(JobTimeout { result, .. }) = probe else { continue };
+            let Some(mut result) = result else { return };
+            for _ in 0..MAX_EXTENSIONS {
+                let before = std::mem::replace(&mut used, pid.and_then(child::cpu_time));
+                let worked = used.zip(before).map(|(used, before)| used.saturating_sub(before));
+                if worked.is_none_or(|worked| worked < self.watchdog / WORKING_SHARE) {
+                    return;
+                }
+                tracing::warn!(?worked, "lxcfs responds late, but works");
+                if tokio::time::timeout(self.watchdog, &mut result).await.is_ok() {
+                    continue 'probes;
+                }
+            }
+            return;
         }
     }
 

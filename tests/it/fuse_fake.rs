@@ -1,16 +1,19 @@
 //! A FUSE file system of the type `fuse.lxcfs` that is no lxcfs. The tests compile it; see
 //! hostile_lxcfs.rs.
 //!
-//!     fuse_fake hang|hang-lookup|ENOTCONN DEVICE DIR SCRIPT
+//!     fuse_fake hang|hang-lookup|busy|ENOTCONN DEVICE DIR SCRIPT
 //!
 //! It mounts itself by the FUSE device DEVICE at DIR, runs SCRIPT with sh, and then writes `ready`
 //! to standard output. It has every directory and file that is looked up. An open of a file gets no
-//! reply, or is refused. With `hang-lookup`, a lookup gets no reply.
+//! reply, or is refused. With `hang-lookup`, a lookup gets no reply. With `busy`, an open and a read
+//! succeed. From the fifth read on, a read first uses 1.5 s of CPU time. From the eighth on, it never
+//! returns, and uses CPU time.
 
 use std::{
     fs::{File, OpenOptions},
     io::{Read, Write},
     process::Command,
+    time::{Duration, Instant},
 };
 
 const LOOKUP: u32 = 1;
@@ -20,6 +23,7 @@ const INIT: u32 = 26;
 const INTERRUPT: u32 = 36;
 const BATCH_FORGET: u32 = 42;
 const OPEN: u32 = 14;
+const READ: u32 = 15;
 const OPENDIR: u32 = 27;
 const ENOSYS: i32 = 38;
 const ENOTCONN: i32 = 107;
@@ -30,7 +34,7 @@ const DIRECTORY: u64 = 3;
 fn main() {
     let args: Vec<String> = std::env::args().collect();
     let [_, mode, device, dir, script] = args.as_slice() else {
-        panic!("fuse_fake hang|hang-lookup|ENOTCONN DEVICE DIR SCRIPT")
+        panic!("fuse_fake hang|hang-lookup|busy|ENOTCONN DEVICE DIR SCRIPT")
     };
     let fuse = OpenOptions::new().read(true).write(true).open(device).expect("the device");
     let stdin = fuse.try_clone().expect("a descriptor");
@@ -47,7 +51,7 @@ fn main() {
 }
 
 fn serve(mut fuse: File, mode: &str) {
-    let mut request = vec![0; 1 << 20];
+    let (mut request, mut reads) = (vec![0; 1 << 20], 0);
     loop {
         let Ok(length) = fuse.read(&mut request) else { continue };
         let number = |at: usize| u32::from_ne_bytes(request[at..at + 4].try_into().unwrap());
@@ -63,6 +67,17 @@ fn serve(mut fuse: File, mode: &str) {
             }
             GETATTR => Ok([&3600u64.to_ne_bytes()[..], &[0; 8], &attributes(node)].concat()),
             OPEN | OPENDIR if mode == "hang" => continue,
+            // `struct fuse_open_out`, with FOPEN_DIRECT_IO.
+            OPEN if mode == "busy" => Ok([&[0; 8][..], &1u32.to_ne_bytes(), &[0; 4]].concat()),
+            READ if mode == "busy" => {
+                reads += 1;
+                match reads {
+                    1..5 => {}
+                    5..8 => spin(Some(Duration::from_millis(1500))),
+                    _ => spin(None),
+                }
+                Ok(b"1.00 1.00\n"[usize::try_from(long(48)).unwrap().min(10)..].to_vec())
+            }
             OPEN | OPENDIR => Err(ENOTCONN),
             _ => Err(ENOSYS),
         };
@@ -73,6 +88,14 @@ fn serve(mut fuse: File, mode: &str) {
         let length = u32::try_from(16 + body.len()).unwrap().to_ne_bytes();
         let answer = [&length[..], &error.to_ne_bytes(), &unique.to_ne_bytes(), &body].concat();
         let _ = fuse.write(&answer);
+    }
+}
+
+/// Uses CPU time, for ever without a limit.
+fn spin(limit: Option<Duration>) {
+    let started = Instant::now();
+    while limit.is_none_or(|limit| started.elapsed() < limit) {
+        std::hint::spin_loop();
     }
 }
 

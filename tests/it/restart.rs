@@ -1,6 +1,6 @@
 //! lxcfs exits, hangs, is restarted and replaced: what readers in containers see, and what is left.
 
-use std::{fs, path::Path, time::Duration};
+use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
 use kube_lxcfs::{
     lxcfs::{Error, Finder, SharedLxcfs},
@@ -124,6 +124,29 @@ fn killed_lxcfs_is_restarted_and_views_return() {
         std::thread::sleep(Duration::from_millis(300));
         let seen = self::seen(&node.readers);
         assert!(seen.own > 0 && (seen.errors, seen.host) == (0, 0), "{seen:?}");
+    });
+}
+
+#[test]
+fn busy_lxcfs_is_killed_late() {
+    isolated(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let (script, fake) = (dir.path().join("lxcfs"), compiled("fuse_fake"));
+        let text = format!(
+            "#!/bin/sh\ncase $1 in --*version|--help) exec lxcfs \"$1\";; esac\n\
+             for path; do :; done\nexec {} busy /dev/fuse \"$path\" true\n",
+            fake.display()
+        );
+        fs::write(&script, text).unwrap();
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o700)).unwrap();
+        let args = ["--lxcfs-bin", script.to_str().unwrap(), "--watchdog", "1s"];
+        let lxcfs = Supervised::start(&args);
+        let late = [("message", "lxcfs responds late, but works")];
+        let hung = [("exit_reason", "hung")];
+        // Three reads that are slow, and one that never returns.
+        eventually_true("it is killed", || lxcfs.supervisor.logged(&hung) == 1);
+        let warned = lxcfs.supervisor.logged(&late);
+        assert!(warned >= 3 + 3, "{warned} in {}", lxcfs.supervisor.log());
     });
 }
 
