@@ -50,6 +50,9 @@ const RESYNC: Duration = Duration::from_secs(300);
 /// The delay from the exit of a supervised lxcfs to the agent's sweep. Its supervisor has usually
 /// swept by then.
 const SUPERVISOR_SWEEP_GRACE: Duration = Duration::from_secs(1);
+/// The time for the supervisor of an exited lxcfs to remount its views, with 1,000 containers. The
+/// agent's own look at them would compete for the CPUs.
+const SUPERVISOR_RECOVERY: Duration = Duration::from_secs(2);
 /// The time for operations in flight to finish after SIGTERM.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(1);
 
@@ -317,7 +320,8 @@ impl Agent {
             }
             self.previous.iter_mut().filter(|p| p.dev == was.dev).for_each(|p| p.exited = true);
         }
-        self.state.lxcfs_changed();
+        let is_recovered = exited.is_some_and(|(_, supervised)| supervised);
+        self.state.lxcfs_changed(is_recovered.then(|| Instant::now() + SUPERVISOR_RECOVERY));
     }
 
     /// Makes the next operation open the files of lxcfs again.

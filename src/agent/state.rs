@@ -471,7 +471,7 @@ impl State {
     pub fn is_idle(&self) -> bool {
         self.containers
             .values()
-            .all(|c| c.in_flight.is_none() && (!c.needs_reconcile() || c.retry.is_some()))
+            .all(|c| c.in_flight.is_none() && (!c.needs_reconcile() || c.waits_for_retry()))
     }
 
     /// The number of operations in flight.

@@ -32,7 +32,8 @@ pub(super) struct Container {
     pub(super) adoption_pending: bool,
     /// A file was skipped because lxcfs is writable.
     pub(super) skips_writable: bool,
-    /// The number of retries so far, and the time of the next.
+    /// The number of retries so far, and the time of the next. None so far: see
+    /// [`Container::defer`].
     pub(super) retry: Option<(u32, Instant)>,
     /// The last error that an event reported, so that retries do not repeat it.
     pub(super) reported_error: Option<(FailureReason, String)>,
@@ -77,6 +78,22 @@ impl Container {
         if let Some(in_flight) = &mut self.in_flight {
             in_flight.dirty = true;
         }
+    }
+
+    /// Makes the next operation start at this time, if any. Until then the supervisor of lxcfs is
+    /// at work in the container.
+    pub(super) fn defer(&mut self, until: Option<Instant>) {
+        self.retry = until.map(|until| (0, until));
+    }
+
+    /// The time of [`Container::defer`].
+    pub(super) fn deferred(&self) -> Option<Instant> {
+        self.retry.filter(|(attempts, _)| *attempts == 0).map(|(_, until)| until)
+    }
+
+    /// Whether its last operation failed.
+    pub(super) fn waits_for_retry(&self) -> bool {
+        self.retry.is_some_and(|(attempts, _)| attempts > 0)
     }
 
     fn schedule_retry(&mut self, now: Instant) {

@@ -72,7 +72,9 @@ impl State {
 
     /// The serving lxcfs changed: what was known of it is outdated, and every view is reconciled
     /// again. It is still missing until a search finds it, and an exit starts no new grace period.
-    pub fn lxcfs_changed(&mut self) {
+    /// If a supervisor remounts the views, the containers that have one are reconciled after
+    /// `recovered`.
+    pub fn lxcfs_changed(&mut self, recovered: Option<Instant>) {
         self.lxcfs = LxcfsState::Available;
         let has_view = |desired: Option<DesiredView>| {
             desired.is_some_and(|desired| desired != DesiredView::Absent)
@@ -83,7 +85,10 @@ impl State {
                 || has_view(c.applied)
                 || has_view(c.in_flight.map(|operation| operation.desired))
             {
+                let has_view = has_view(c.applied) && c.in_flight.is_none();
+                let after = recovered.filter(|_| has_view).or(c.deferred());
                 c.requeue();
+                c.defer(after);
             }
         }
     }

@@ -218,7 +218,7 @@ fn restart_of_lxcfs_creates_no_warning() {
     let mut state = listed(vec![pod("p", Some("true"), [Some(1), None])]);
     // It exits, is unmounted, and serves again after 25 s. Each restart has its own 30 s.
     for _ in 0..3 {
-        state.lxcfs_changed();
+        state.lxcfs_changed(None);
         let serves_at = now + Duration::from_secs(25);
         while now < serves_at {
             assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
@@ -226,7 +226,7 @@ fn restart_of_lxcfs_creates_no_warning() {
             state.completed(&id(1), Completion::NoLxcfs, now);
             now = state.poll_timeout().unwrap().min(serves_at);
         }
-        state.lxcfs_changed();
+        state.lxcfs_changed(None);
         assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
         state.lxcfs_searched(true, now);
         state.completed(
@@ -238,7 +238,7 @@ fn restart_of_lxcfs_creates_no_warning() {
     assert!(state.take_events().iter().all(|e| e.reason == Reason::LxcfsRemounted));
     // An lxcfs that is mounted but never serves is missing from its first failed search on.
     for _ in 0..40 {
-        state.lxcfs_changed();
+        state.lxcfs_changed(None);
         assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
         state.lxcfs_searched(false, now);
         state.completed(&id(1), Completion::NoLxcfs, now);
@@ -249,17 +249,46 @@ fn restart_of_lxcfs_creates_no_warning() {
 }
 
 #[test]
+fn supervisor_has_time_to_remount_the_views() {
+    let now = Instant::now();
+    let mut state = listed(vec![pod("p", Some("true"), [Some(1), None])]);
+    assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
+    state.completed(&id(1), done([Step::Inject(ViewFile::Meminfo)]), now);
+    assert!(state.is_idle());
+    // It exits, and another serves.
+    let recovered = now + Duration::from_secs(2);
+    state.lxcfs_changed(Some(recovered));
+    state.lxcfs_changed(None);
+    assert_eq!(ids(&state.poll_operations(now)), Vec::<&str>::new());
+    assert!(!state.is_idle(), "its view may be of the exited one");
+    assert_eq!(state.poll_timeout(), Some(recovered));
+    // What has no view does not wait, nor does an opt-out.
+    state.update(Update::PodApplied(pod("q", Some("true"), [Some(2), None])), now);
+    assert_eq!(ids(&state.poll_operations(now)), ["id2"]);
+    state.update(Update::PodApplied(pod("p", Some("false"), [Some(1), None])), now);
+    assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
+    state.completed(&id(1), done([]), now);
+    state.completed(&id(2), done([]), now);
+    // An operation in flight may mount from the exited one: another one follows it.
+    state.lxcfs_changed(None);
+    assert_eq!(ids(&state.poll_operations(now)), ["id2"]);
+    state.lxcfs_changed(Some(recovered));
+    state.completed(&id(2), done([]), now);
+    assert_eq!(ids(&state.poll_operations(now)), ["id2"]);
+}
+
+#[test]
 fn outdated_missing_lxcfs_is_no_outage() {
     let now = Instant::now();
     let mut state = listed(vec![pod("p", Some("true"), [Some(1), None])]);
     assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
-    state.lxcfs_changed();
+    state.lxcfs_changed(None);
     state.completed(&id(1), Completion::NoLxcfs, now);
     assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
     assert!(state.is_pending(&id(1)));
     // It exits while view files are mounted from it: the failure of the next operation counts.
     let failed = || Completion::Failed { done: Vec::new(), why: "ENOTCONN".into() };
-    state.lxcfs_changed();
+    state.lxcfs_changed(None);
     state.completed(&id(1), failed(), now);
     assert_eq!(state.take_events(), []);
     assert_eq!(ids(&state.poll_operations(now)), ["id1"]);
@@ -523,7 +552,8 @@ enum Input {
     Stop(usize, usize),
     Delete(usize),
     Relist,
-    Changed,
+    /// Whether a supervisor remounts the views.
+    Changed(bool),
     SweepStarted,
     SweepFinished,
     Completes(usize, How),
@@ -563,7 +593,7 @@ fn input() -> impl Strategy<Value = Input> {
         1 => (0..3usize, 0..2usize).prop_map(|(pod, c)| Input::Stop(pod, c)),
         1 => (0..3usize).prop_map(Input::Delete),
         1 => Just(Input::Relist),
-        1 => Just(Input::Changed),
+        1 => any::<bool>().prop_map(Input::Changed),
         1 => Just(Input::SweepStarted),
         1 => Just(Input::SweepFinished),
         6 => (0..8usize, how).prop_map(|(n, how)| Input::Completes(n, how)),
@@ -682,9 +712,9 @@ impl Node {
                 }
             }
             Input::Relist => self.relist(),
-            Input::Changed => {
+            Input::Changed(recovers) => {
                 self.generation += 1;
-                self.state.lxcfs_changed();
+                self.state.lxcfs_changed(recovers.then(|| self.now + Duration::from_secs(2)));
             }
             Input::SweepStarted => {
                 self.sweeps += 1;
