@@ -10,30 +10,32 @@
 use std::{
     collections::HashSet,
     io,
-    os::fd::{AsFd, OwnedFd},
-    time::Duration,
+    os::fd::{OwnedFd, RawFd},
+    sync::mpsc as std_mpsc,
+    thread,
+    time::{Duration, Instant},
 };
 
+use nix::sched::CloneFlags;
 use rustix::{
+    event::{PollFd, PollFlags, Timespec},
     fs::OFlags,
     io::Errno,
     process::{Pid, PidfdFlags, PidfdGetfdFlags},
 };
-use tokio::{
-    io::{Interest, unix::AsyncFd},
-    sync::{mpsc, oneshot},
-    time::Instant,
-};
+use tokio::sync::{mpsc, oneshot};
 
 use super::DRAIN;
 use crate::sys::{
-    self, fuse,
+    fuse,
     mntns::{self, NamespaceId},
     mountinfo::Dev,
 };
 
 /// The longest that a request waits.
 const MAX_WAIT: Duration = Duration::from_secs(5);
+/// The interval at which the thread and the recovery look for each other's results.
+const TICK: Duration = Duration::from_millis(1);
 /// The size of the buffer for a request. The kernel refuses one that is smaller than the largest
 /// write that lxcfs has agreed on, even of a read-only file system (fuse_dev_do_read(),
 /// fs/fuse/dev.c): 1 MiB with libfuse 3. Only what is used of it takes memory.
@@ -48,79 +50,138 @@ const OUT_HEADER: u32 = 16;
 /// 6.9).
 const NOTIFY_RESEND: i32 = 7;
 
-/// A share in the connection of an lxcfs.
+/// A share in the connection of an lxcfs, held by a thread with a descriptor table of its own.
+///
+/// A thread of the supervisor may wait for a request to this lxcfs, and the kernel lets it wait even
+/// when it is killed. If the supervisor is killed with its lxcfs, such a thread would keep the
+/// supervisor's descriptors open. The connection must not be among them, or it would never be
+/// aborted: the thread, and every reader, would wait for ever. The thread that holds it makes no
+/// request to a FUSE file system.
 #[derive(Debug)]
 pub(super) struct Connection {
-    device: OwnedFd,
+    recoveries: std_mpsc::Sender<Recovery>,
+}
+
+/// What the thread is to do when lxcfs has exited.
+struct Recovery {
+    over: oneshot::Receiver<()>,
+    recovered: mpsc::UnboundedReceiver<Option<NamespaceId>>,
+    waited: std_mpsc::Sender<io::Result<Waited>>,
 }
 
 impl Connection {
     /// Shares the connection of the lxcfs with this pid and device.
     ///
     /// # Errors
-    /// Fails if the process has no descriptor of it, and with those of pidfd_open(2) and
-    /// pidfd_getfd(2).
+    /// Fails if the process has no descriptor of it, and with those of clone(2), unshare(2),
+    /// pidfd_open(2) and pidfd_getfd(2).
     pub(super) fn share(pid: Pid, dev: Dev) -> io::Result<Connection> {
-        let process = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
-        let descriptor = fuse::descriptor(pid.as_raw_nonzero().get(), dev)
-            .ok_or_else(|| io::Error::other("lxcfs has no descriptor of its connection"))?;
-        let flags = PidfdGetfdFlags::empty();
-        Ok(Connection { device: rustix::process::pidfd_getfd(process, descriptor, flags)? })
+        let (recoveries, recovery) = std_mpsc::channel::<Recovery>();
+        let (shared_tx, shared) = std_mpsc::channel();
+        let hold = move || {
+            let device = own_descriptors().and_then(|()| share(pid, dev));
+            let (device, result) = match device {
+                Ok(device) => (Some(device), Ok(())),
+                Err(e) => (None, Err(e)),
+            };
+            let _ = shared_tx.send(result);
+            // The sender is dropped when the connection is not needed any more.
+            if let (Some(device), Ok(recovery)) = (device, recovery.recv()) {
+                let Recovery { over, recovered, waited } = recovery;
+                let _ = waited.send(answer(device, over, recovered));
+            }
+        };
+        thread::Builder::new().name("connection".into()).spawn(hold)?;
+        shared.recv().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))?;
+        Ok(Connection { recoveries })
     }
 
     /// Answers the requests for an lxcfs that has exited until `over` is sent or dropped, and for
     /// a short time after it: those from a mount namespace that was `recovered` do not wait for it.
     ///
     /// # Errors
-    /// Those of read(2) and epoll_ctl(2): readers get an error from then on.
+    /// Those of read(2) and poll(2): readers get an error from then on.
     pub(super) async fn answer(
         self,
-        mut over: oneshot::Receiver<()>,
-        mut recovered: mpsc::UnboundedReceiver<Option<NamespaceId>>,
+        over: oneshot::Receiver<()>,
+        recovered: mpsc::UnboundedReceiver<Option<NamespaceId>>,
     ) -> io::Result<Waited> {
-        let flags = rustix::fs::fcntl_getfl(&self.device)?;
-        rustix::fs::fcntl_setfl(&self.device, flags | OFlags::NONBLOCK)?;
-        let mut requests = Requests {
-            device: sys::async_fd(self.device, Interest::READABLE)?,
-            waiting: Vec::new(),
-            recovered: Recovered::default(),
-            waited: 0,
-        };
-        let mut buffer = vec![0; REQUEST_BYTES];
-        requests.resend();
-        let deadline = Instant::now() + MAX_WAIT;
-        let in_time = loop {
-            tokio::select! {
-                biased;
-                _ = &mut over => break true,
-                () = tokio::time::sleep_until(deadline) => break false,
-                Some(namespace) = recovered.recv() => {
-                    requests.recovered.namespaces.extend(namespace);
-                    requests.answer_waiting();
-                }
-                exists = requests.read(&mut buffer) => {
-                    if !exists? {
-                        break true;
-                    }
-                }
-            }
-        };
-        requests.recovered.all = true;
-        requests.answer_waiting();
-        let until = if in_time { Instant::now() + DRAIN } else { deadline + MAX_WAIT };
+        let (waited, result) = std_mpsc::channel();
+        let gone = || io::Error::other("the thread panicked");
+        self.recoveries.send(Recovery { over, recovered, waited }).map_err(|_| gone())?;
+        // The thread cannot wake this task: it does not have the runtime's descriptors.
         loop {
-            tokio::select! {
-                _ = &mut over, if !in_time => break,
-                () = tokio::time::sleep_until(until) => break,
-                exists = requests.read(&mut buffer) => {
-                    if !exists? {
-                        break;
-                    }
-                }
+            match result.try_recv() {
+                Ok(waited) => return waited,
+                Err(std_mpsc::TryRecvError::Empty) => tokio::time::sleep(TICK).await,
+                Err(std_mpsc::TryRecvError::Disconnected) => return Err(gone()),
             }
         }
-        Ok(Waited { requests: requests.waited, in_time })
     }
+}
+
+/// Gives the calling thread a descriptor table of its own, with the standard descriptors only.
+fn own_descriptors() -> io::Result<()> {
+    nix::sched::unshare(CloneFlags::CLONE_FILES)?;
+    let open = std::fs::read_dir("/proc/thread-self/fd")?.flatten();
+    let open = open.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    // The directory itself is closed by now: an error.
+    let others: Vec<RawFd> = open.filter(|fd| *fd > libc::STDERR_FILENO).collect();
+    for fd in others {
+        let _ = nix::unistd::close(fd);
+    }
+    Ok(())
+}
+
+fn share(pid: Pid, dev: Dev) -> io::Result<OwnedFd> {
+    let process = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
+    let descriptor = fuse::descriptor(pid.as_raw_nonzero().get(), dev)
+        .ok_or_else(|| io::Error::other("lxcfs has no descriptor of its connection"))?;
+    Ok(rustix::process::pidfd_getfd(process, descriptor, PidfdGetfdFlags::empty())?)
+}
+
+/// See [`Connection::answer`].
+fn answer(
+    device: OwnedFd,
+    mut over: oneshot::Receiver<()>,
+    mut recovered: mpsc::UnboundedReceiver<Option<NamespaceId>>,
+) -> io::Result<Waited> {
+    let flags = rustix::fs::fcntl_getfl(&device)?;
+    rustix::fs::fcntl_setfl(&device, flags | OFlags::NONBLOCK)?;
+    let mut requests =
+        Requests { device, waiting: Vec::new(), recovered: Recovered::default(), waited: 0 };
+    let mut buffer = vec![0; REQUEST_BYTES];
+    let mut is_over = move || !matches!(over.try_recv(), Err(oneshot::error::TryRecvError::Empty));
+    requests.resend();
+    let deadline = Instant::now() + MAX_WAIT;
+    let in_time = loop {
+        if is_over() {
+            break true;
+        }
+        if Instant::now() >= deadline {
+            break false;
+        }
+        let mut is_new = false;
+        while let Ok(namespace) = recovered.try_recv() {
+            requests.recovered.namespaces.extend(namespace);
+            is_new = true;
+        }
+        if is_new {
+            requests.answer_waiting();
+        }
+        if !requests.read(&mut buffer)? {
+            break true;
+        }
+    };
+    requests.recovered.all = true;
+    requests.answer_waiting();
+    let until = if in_time { Instant::now() + DRAIN } else { deadline + MAX_WAIT };
+    while Instant::now() < until && (in_time || !is_over()) {
+        if !requests.read(&mut buffer)? {
+            break;
+        }
+    }
+    Ok(Waited { requests: requests.waited, in_time })
 }
 
 /// The mount namespaces whose views no longer come from the exited lxcfs.
@@ -188,7 +249,7 @@ fn parse(request: &[u8]) -> Option<Request> {
 }
 
 struct Requests {
-    device: AsyncFd<OwnedFd>,
+    device: OwnedFd,
     /// The numbers of those that wait, each with the mount namespace of its process.
     waiting: Vec<(u64, Option<NamespaceId>)>,
     recovered: Recovered,
@@ -197,18 +258,19 @@ struct Requests {
 }
 
 impl Requests {
-    /// Waits for a request, and answers it if it need not wait. Returns whether the connection
-    /// still exists. Cancel safe.
-    async fn read(&mut self, buffer: &mut [u8]) -> io::Result<bool> {
-        let mut ready = self.device.readable().await?;
-        let length = match rustix::io::read(self.device.get_ref(), &mut *buffer) {
+    /// Waits [`TICK`] for a request, and answers it if it need not wait. Returns whether the
+    /// connection still exists.
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<bool> {
+        let tick = Timespec { tv_sec: 0, tv_nsec: TICK.subsec_nanos().into() };
+        match rustix::event::poll(&mut [PollFd::new(&self.device, PollFlags::IN)], Some(&tick)) {
+            Ok(0) | Err(Errno::INTR) => return Ok(true),
+            Ok(_) => {}
+            Err(e) => return Err(e.into()),
+        }
+        let length = match rustix::io::read(&self.device, &mut *buffer) {
             Ok(length) => length,
-            Err(Errno::AGAIN) => {
-                ready.clear_ready();
-                return Ok(true);
-            }
             // The request was taken back in between.
-            Err(Errno::NOENT | Errno::INTR) => return Ok(true),
+            Err(Errno::AGAIN | Errno::NOENT | Errno::INTR) => return Ok(true),
             // Its last mount is detached, or it was aborted.
             Err(Errno::NODEV) => return Ok(false),
             Err(e) => return Err(e.into()),
@@ -260,7 +322,7 @@ impl Requests {
         header[..4].copy_from_slice(&OUT_HEADER.to_ne_bytes());
         header[4..8].copy_from_slice(&error.to_ne_bytes());
         header[8..].copy_from_slice(&unique.to_ne_bytes());
-        let _ = rustix::io::write(self.device.get_ref().as_fd(), &header);
+        let _ = rustix::io::write(&self.device, &header);
     }
 }
 

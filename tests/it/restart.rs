@@ -127,6 +127,26 @@ fn killed_lxcfs_is_restarted_and_views_return() {
     });
 }
 
+/// A thread that waits for a request to lxcfs exits only when the connection is aborted: the
+/// supervisor must not be what keeps it.
+#[test]
+fn supervisor_killed_with_its_lxcfs_exits() {
+    isolated(|| {
+        let mut lxcfs = Supervised::start(&["--watchdog", "5s"]);
+        let pid = lxcfs.supervisor.pid();
+        lxcfs.signal_lxcfs(Signal::SIGSTOP);
+        eventually_true("a probe waits", || {
+            let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+            let mut calls = tasks.map(|task| fs::read_to_string(task.path().join("wchan")));
+            calls.any(|call| call.is_ok_and(|call| call == "request_wait_answer"))
+        });
+        let killed = lxcfs.lxcfs();
+        send(pid, Signal::SIGKILL);
+        send(killed, Signal::SIGKILL);
+        eventually_true("it exits", || lxcfs.supervisor.child.try_wait().unwrap().is_some());
+    });
+}
+
 #[test]
 fn busy_lxcfs_is_killed_late() {
     isolated(|| {
