@@ -37,7 +37,7 @@ use super::{
 };
 use crate::{
     model::view::{BaseFs, FileSet, ViewFile},
-    plan::{CoverFile, MountIdentity, ObservedMounts, Plan, SkipReason, Step},
+    plan::{CoverFile, Layer, MountIdentity, ObservedMounts, Plan, SkipReason, Step},
     sys::{
         Ownership,
         mountinfo::{Dev, MountId, MountTable, ReadError},
@@ -94,7 +94,7 @@ pub fn reconcile_blocking(
                     lock = entered.try_lock();
                 }
                 let may_change = lock.is_some() || if_locked == IfLocked::Ignore;
-                let (mut observed, mut held) = entered.observe_and_hold(limit, fresh)?;
+                let (mut observed, mut held) = entered.observe_and_hold(task, limit, fresh)?;
                 observed.mark_locked(&locked);
                 let plan = task.plan(&observed);
                 if !held.by_path {
@@ -262,6 +262,9 @@ struct Held {
     bases: Bases,
     /// The container was observed by path: see `paths.rs`.
     by_path: bool,
+    /// The files with one mount, which lies on a base that is not shared. Empty without
+    /// statmount(2).
+    on_base: FileSet,
     own: BTreeMap<ViewFile, OwnedFd>,
     tops: BTreeMap<ViewFile, (MountId, OwnedFd)>,
 }
@@ -275,11 +278,11 @@ impl Held {
         }
     }
 
-    /// Opens the mount on a view file's path again, if it is the one with this id. If it was
-    /// observed by path, it must still lie on the base.
+    /// Opens the mount on a view file's path again, if it is the one with this id. If it lay on
+    /// the base, it must still do so.
     fn open_mount(&self, file: ViewFile, mount: MountId) -> Result<OwnedFd, StepFailure> {
         let top = open_mount(self.base(file.base())?, file, mount)?;
-        if self.by_path {
+        if self.on_base.contains(file) {
             let mut buffer = Buffer::default();
             let status = statmount::of(&top, &mut buffer).map_err(|_| StepFailure::Changed)?;
             let base = self.bases.get(&file.base()).map(|(id, _)| *id);
@@ -323,20 +326,35 @@ impl<'a> EnteredNs<'a> {
 
     /// Observes the container by path where that is possible, and holds what was opened. If it is
     /// `fresh`, it can have mounts only on these files.
+    ///
+    /// Tasks for every namespace of the node read the table: the root of one may be a file system
+    /// that does not answer when `/proc` is looked up.
     fn observe_and_hold(
         &self,
+        task: &Task,
         limit: TableLimit,
         fresh: FileSet,
     ) -> Result<(ObservedMounts, Held), Error> {
-        let by_path = self.context.statmount && self.process.root() == Path::new("/");
+        let of_container = matches!(task, Task::Reconcile { .. });
+        let by_path =
+            of_container && self.context.statmount && self.process.root() == Path::new("/");
+        let on_base = |mounts: &ObservedMounts| -> FileSet {
+            let is_on_base = |(file, layers): &(&ViewFile, &Vec<Layer>)| {
+                self.context.statmount && layers.len() == 1 && !mounts.shared.contains(&file.base())
+            };
+            mounts.layers.iter().filter(is_on_base).map(|(file, _)| *file).collect()
+        };
         let fresh = Some(fresh).filter(|fresh| !fresh.is_empty());
         let Some(observed) = by_path.then(|| paths::resolve(fresh)).flatten() else {
-            return Ok((self.observe(limit)?, Held::default()));
+            let mounts = self.observe(limit)?;
+            let on_base = on_base(&mounts);
+            return Ok((mounts, Held { on_base, ..Held::default() }));
         };
         let paths::Observed { mounts, bases, own, tops } = observed;
         let with_id = |(base, dir)| Some((base, (mounts.bases.get(&base)?.id, Ok(dir))));
         let bases = bases.into_iter().filter_map(with_id).collect();
-        Ok((mounts, Held { bases, by_path: true, own, tops }))
+        let on_base = on_base(&mounts);
+        Ok((mounts, Held { bases, by_path: true, on_base, own, tops }))
     }
 
     /// Observes the container by its mount table.
@@ -466,8 +484,9 @@ impl<'a> EnteredNs<'a> {
         let is_known = |step: Step| match step {
             Step::Remove { .. } => true,
             Step::Inject(file) => !observed.shared.contains(&file.base()),
-            // Each lies on such a base, which is checked again when it is opened.
-            _ => held.by_path,
+            // It lies on such a base, which is checked again when it is opened.
+            Step::Remount { file, .. } | Step::Adopt { file, .. } => held.on_base.contains(file),
+            Step::Cover { .. } => false,
         };
         if steps.iter().all(|(step, _)| is_known(*step)) {
             return Ok(HashSet::new());
