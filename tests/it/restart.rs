@@ -127,39 +127,24 @@ fn killed_lxcfs_is_restarted_and_views_return() {
     });
 }
 
-/// A thread that waits for a request to lxcfs exits only when the connection is aborted: the
-/// supervisor must not be what keeps it.
-#[test]
-fn supervisor_killed_with_its_lxcfs_exits() {
-    isolated(|| {
-        let mut lxcfs = Supervised::start(&["--watchdog", "5s"]);
-        let pid = lxcfs.supervisor.pid();
-        lxcfs.signal_lxcfs(Signal::SIGSTOP);
-        eventually_true("a probe waits", || {
-            let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
-            let mut calls = tasks.map(|task| fs::read_to_string(task.path().join("wchan")));
-            calls.any(|call| call.is_ok_and(|call| call == "request_wait_answer"))
-        });
-        let killed = lxcfs.lxcfs();
-        send(pid, Signal::SIGKILL);
-        send(killed, Signal::SIGKILL);
-        eventually_true("it exits", || lxcfs.supervisor.child.try_wait().unwrap().is_some());
-    });
+/// A program that the supervisor runs as lxcfs: see `busy` in fuse_fake.rs.
+fn busy_lxcfs(dir: &Path) -> String {
+    let (script, fake) = (dir.join("lxcfs"), compiled("fuse_fake"));
+    let text = format!(
+        "#!/bin/sh\ncase $1 in --*version|--help) exec lxcfs \"$1\";; esac\n\
+         for path; do :; done\nexec {} busy /dev/fuse \"$path\" true\n",
+        fake.display()
+    );
+    fs::write(&script, text).unwrap();
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o700)).unwrap();
+    script.to_str().unwrap().to_owned()
 }
 
 #[test]
 fn busy_lxcfs_is_killed_late() {
     isolated(|| {
         let dir = tempfile::tempdir().unwrap();
-        let (script, fake) = (dir.path().join("lxcfs"), compiled("fuse_fake"));
-        let text = format!(
-            "#!/bin/sh\ncase $1 in --*version|--help) exec lxcfs \"$1\";; esac\n\
-             for path; do :; done\nexec {} busy /dev/fuse \"$path\" true\n",
-            fake.display()
-        );
-        fs::write(&script, text).unwrap();
-        fs::set_permissions(&script, fs::Permissions::from_mode(0o700)).unwrap();
-        let args = ["--lxcfs-bin", script.to_str().unwrap(), "--watchdog", "1s"];
+        let args = ["--lxcfs-bin", &busy_lxcfs(dir.path()), "--watchdog", "1s"];
         let lxcfs = Supervised::start(&args);
         let late = [("message", "lxcfs responds late, but works")];
         let hung = [("exit_reason", "hung")];
@@ -167,6 +152,27 @@ fn busy_lxcfs_is_killed_late() {
         eventually_true("it is killed", || lxcfs.supervisor.logged(&hung) == 1);
         let warned = lxcfs.supervisor.logged(&late);
         assert!(warned >= 3 + 3, "{warned} in {}", lxcfs.supervisor.log());
+    });
+}
+
+/// A thread whose request lxcfs has read exits only when the connection is aborted: the supervisor
+/// must not be what keeps it.
+#[test]
+fn supervisor_killed_with_its_lxcfs_exits() {
+    isolated(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let args = ["--lxcfs-bin", &busy_lxcfs(dir.path()), "--watchdog", "5s"];
+        let mut lxcfs = Supervised::start(&args);
+        let pid = lxcfs.supervisor.pid();
+        eventually_true("a probe waits", || {
+            let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+            let mut calls = tasks.map(|task| fs::read_to_string(task.path().join("wchan")));
+            calls.any(|call| call.is_ok_and(|call| call == "request_wait_answer"))
+        });
+        let fake = lxcfs.lxcfs();
+        send(pid, Signal::SIGKILL);
+        send(fake, Signal::SIGKILL);
+        eventually_true("it exits", || lxcfs.supervisor.child.try_wait().unwrap().is_some());
     });
 }
 
