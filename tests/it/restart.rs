@@ -169,7 +169,8 @@ fn supervisor_killed_with_its_lxcfs_exits() {
             let mut calls = tasks.map(|task| fs::read_to_string(task.path().join("wchan")));
             calls.any(|call| call.is_ok_and(|call| call == "request_wait_answer"))
         });
-        let fake = lxcfs.lxcfs();
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        let fake: i32 = children.trim().parse().unwrap();
         send(pid, Signal::SIGKILL);
         send(fake, Signal::SIGKILL);
         eventually_true("it exits", || lxcfs.supervisor.child.try_wait().unwrap().is_some());
