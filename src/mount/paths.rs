@@ -35,9 +35,9 @@ pub(super) struct Observed {
     pub(super) tops: BTreeMap<ViewFile, (MountId, OwnedFd)>,
 }
 
-/// Resolves the view files' paths in the namespace that the thread is in, for a container whose root
-/// is `/`. `None` if the mount table must be read. A `fresh` container has no scratch mount, and
-/// can have mounts only on these files.
+/// Resolves the view files' paths in the namespace that the thread is in, for a container whose
+/// root is `/`. `None` if the mount table must be read. A `fresh` container has no scratch mount,
+/// and can have mounts only on these files.
 pub(super) fn resolve(fresh: Option<FileSet>) -> Option<Observed> {
     let mut buffer = Buffer::default();
     let mut observed = Observed {

@@ -52,8 +52,8 @@ const NOTIFY_RESEND: i32 = 7;
 
 /// A share in the connection of an lxcfs, held by a thread with a descriptor table of its own.
 ///
-/// A thread of the supervisor may wait for a request to this lxcfs, and the kernel lets it wait even
-/// when it is killed. If the supervisor is killed with its lxcfs, such a thread would keep the
+/// A thread of the supervisor may wait for a request to this lxcfs, and the kernel lets it wait
+/// even when it is killed. If the supervisor is killed with its lxcfs, such a thread would keep the
 /// supervisor's descriptors open. The connection must not be among them, or it would never be
 /// aborted: the thread, and every reader, would wait for ever. The thread that holds it makes no
 /// request to a FUSE file system.

@@ -339,9 +339,9 @@ impl Supervisor {
         }
     }
 
-    /// Waits until lxcfs hangs: until it does not respond in time, and does not work meanwhile. With
-    /// many readers it works, and responds late: to kill it would only make more of them wait for
-    /// the next one.
+    /// Waits until lxcfs hangs: until it does not respond in time, and does not work meanwhile.
+    /// With many readers it works, and responds late: to kill it would only make more of them wait
+    /// for the next one.
     async fn hangs(&self, pid: Option<Pid>, pools: &Pools) {
         let uptime = self.path.join("proc/uptime");
         'probes: loop {

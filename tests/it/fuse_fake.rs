@@ -5,9 +5,9 @@
 //!
 //! It mounts itself by the FUSE device DEVICE at DIR, runs SCRIPT with sh, and then writes `ready`
 //! to standard output. It has every directory and file that is looked up. An open of a file gets no
-//! reply, or is refused. With `hang-lookup`, a lookup gets no reply. With `busy`, an open and a read
-//! succeed. From the fifth read on, a read first uses 1.5 s of CPU time. From the eighth on, it never
-//! returns, and uses CPU time.
+//! reply, or is refused. With `hang-lookup`, a lookup gets no reply. With `busy`, an open and a
+//! read succeed. From the fifth read on, a read first uses 1.5 s of CPU time. From the eighth on,
+//! it never returns, and uses CPU time.
 
 use std::{
     fs::{File, OpenOptions},
