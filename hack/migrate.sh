@@ -317,14 +317,15 @@ the_node_gets_its_own_var_lib_and_usr_local() {
 serves() { head -c 1 "$1/proc/uptime" >/dev/null 2>&1; }
 stopped() { ! serves "$1"; }
 
-# objects_of_others: the objects whose names contain lxcfs, except those of kube-lxcfs.
+# objects_of_others: the objects whose names contain lxcfs, except those of kube-lxcfs and the pods
+# that an earlier step has started without lxcfs.
 objects_of_others() {
     local objects namespaced=deployments,daemonsets,pods,services,secrets,configmaps
     local others=clusterroles,certificatesigningrequests,namespaces
     others+=,mutatingwebhookconfigurations,validatingwebhookconfigurations
     objects=$(kubectl get $namespaced --all-namespaces -o name && kubectl get $others -o name) ||
         objects="unknown: an lxcfs of others"
-    grep lxcfs <<<"$objects" | grep -v kube-lxcfs
+    grep lxcfs <<<"$objects" | grep -v -e kube-lxcfs -e without-lxcfs
 }
 # nothing_of_others_left PROJECT: on the cluster, and on the node.
 nothing_of_others_left() {
