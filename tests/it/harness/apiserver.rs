@@ -5,6 +5,7 @@ use std::{
     fs,
     net::{Ipv4Addr, TcpListener},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU16, Ordering},
 };
 
 use k8s_openapi::api::core::v1::Pod;
@@ -52,8 +53,17 @@ pub(crate) struct Cluster {
     _etcd: Running,
 }
 
+/// A free port below those that the kernel gives to connections and to listeners that name none
+/// (`ip_local_port_range`): one of these could be taken before the server listens.
 fn free_port() -> u16 {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
+    static CHOSEN: AtomicU16 = AtomicU16::new(0);
+    let first = 20_000 + u16::try_from(std::process::id() % 5000).unwrap();
+    loop {
+        let port = first + CHOSEN.fetch_add(1, Ordering::Relaxed) % 5000;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 /// The directory of kube-apiserver, as hack/offline/kubernetes.sh finds or builds it.
