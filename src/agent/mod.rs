@@ -320,8 +320,8 @@ impl Agent {
             }
             self.previous.iter_mut().filter(|p| p.dev == was.dev).for_each(|p| p.exited = true);
         }
-        let is_recovered = exited.is_some_and(|(_, supervised)| supervised);
-        self.state.lxcfs_changed(is_recovered.then(|| Instant::now() + SUPERVISOR_RECOVERY));
+        let supervised = exited.is_some_and(|(_, supervised)| supervised);
+        self.state.lxcfs_changed(supervised.then(|| Instant::now() + SUPERVISOR_RECOVERY));
     }
 
     /// Makes the next operation open the files of lxcfs again.

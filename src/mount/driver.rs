@@ -1,19 +1,19 @@
 //! The reconcile of one container: observe, plan, apply.
 //!
-//! The thread enters the namespace, locks it, reads the mount table and plans. If there are steps,
-//! it returns to make detached mounts of lxcfs's files, because the kernel clones only mounts of
-//! the caller's namespace. Then it enters again and applies the steps. For a container that has
-//! just been created, it makes them before it enters, once. If the mounts changed in between, it
-//! plans again.
+//! The thread enters the namespace, locks it, observes the mounts and plans: see `paths.rs` and
+//! `table.rs`. If there are steps, it returns to make detached mounts of lxcfs's files, because the
+//! kernel clones only mounts of the caller's namespace. Then it enters again and applies the steps.
+//! For a container that has just been created, it makes them before its only entry. If the mounts
+//! changed in between, it plans again.
 //!
 //! Nothing in the container is trusted. Paths are opened without following links and without
 //! crossing a mount; only the last component of a view file's path leads into the mount on it. So
-//! no file system of the container gets a request, which it might never answer. `/proc` and `/sys`
-//! are checked on the open descriptor, which is held from the plan to the last step: the mount that
-//! the plan names is the one that is mounted on. Whether it would propagate to the host is checked
-//! again in the entry that mounts. A mount is detached by a descriptor whose mount id equals the
-//! planned one. A managed mount that the kernel does not detach, because it is locked in a nested
-//! user namespace, is covered.
+//! no file system that the container mounts below its `/proc` and `/sys` gets a request, which it
+//! might never answer. `/proc` and `/sys` are checked on the open descriptor, which is held from
+//! the plan to the last step: the mount that the plan names is the one that is mounted on. Whether
+//! it would propagate to the host is checked again in the entry that mounts. A mount is detached by
+//! a descriptor whose mount id equals the planned one. A managed mount that the kernel does not
+//! detach, because it is locked in a nested user namespace, is covered.
 
 use std::{
     cell::Cell,
@@ -97,7 +97,7 @@ pub fn reconcile_blocking(
                 let (mut observed, mut held) = entered.observe_and_hold(task, limit, fresh)?;
                 observed.mark_locked(&locked);
                 let plan = task.plan(&observed);
-                if !held.by_path {
+                if held.bases.is_empty() {
                     held.bases = entered.hold_bases(&observed, &plan.steps);
                 }
                 if may_change && !observed.scratch.is_empty() {
@@ -256,15 +256,15 @@ impl From<Errno> for StepFailure {
 /// its id. One that is not the mount of the observation is absent.
 type Bases = BTreeMap<BaseFs, (MountId, io::Result<OwnedFd>)>;
 
-/// What is held open from the plan to the last step.
+/// What is held open from the plan to the last step. After an observation by the mount table, it is
+/// the bases.
 #[derive(Default)]
 struct Held {
     bases: Bases,
-    /// The container was observed by path: see `paths.rs`.
-    by_path: bool,
     /// The files with one mount, which lies on a base that is not shared. Empty without
     /// statmount(2).
     on_base: FileSet,
+    /// As in [`paths::Observed`].
     own: BTreeMap<ViewFile, OwnedFd>,
     tops: BTreeMap<ViewFile, (MountId, OwnedFd)>,
 }
@@ -354,7 +354,7 @@ impl<'a> EnteredNs<'a> {
         let with_id = |(base, dir)| Some((base, (mounts.bases.get(&base)?.id, Ok(dir))));
         let bases = bases.into_iter().filter_map(with_id).collect();
         let on_base = on_base(&mounts);
-        Ok((mounts, Held { bases, by_path: true, on_base, own, tops }))
+        Ok((mounts, Held { bases, on_base, own, tops }))
     }
 
     /// Observes the container by its mount table.

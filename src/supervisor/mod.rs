@@ -225,14 +225,16 @@ impl Supervisor {
                     self.stop_serving(dev, &reason);
                     let recovers = match reason {
                         ExitReason::Exited(_) | ExitReason::Hung => true,
-                        // Its readers wait, or its views are swept while it still serves.
-                        ExitReason::Unmounted => connection.is_some(),
+                        // If its readers cannot wait, its views are swept while it still serves.
+                        ExitReason::Unmounted => held.is_some() && connection.is_some(),
                         ExitReason::Shutdown => false,
                     };
+                    if recovers {
+                        let _ = child.start_kill();
+                    }
                     match held.filter(|_| recovers) {
                         // Its views are dead, and must not keep the next lxcfs from serving.
                         Some(held) => {
-                            let _ = child.start_kill();
                             recoveries.start(ExitedLxcfs { dev, held, connection }).await;
                         }
                         None => {
@@ -347,17 +349,18 @@ impl Supervisor {
         'probes: loop {
             tokio::time::sleep(pools.probe_interval).await;
             let (uptime, mut used) = (uptime.clone(), pid.and_then(child::cpu_time));
-            // An error is a response too: `unmounted` notices a path that was unmounted or covered.
+            // An error is a response too: a path that was unmounted or covered is noticed otherwise.
             let probe = pools.probe_workers.run(move |_| std::fs::read(uptime).is_ok()).await;
             let Err(JobTimeout { result, .. }) = probe else { continue };
             let Some(mut result) = result else { return };
             for _ in 0..MAX_EXTENSIONS {
                 let before = std::mem::replace(&mut used, pid.and_then(child::cpu_time));
-                let worked = used.zip(before).map(|(used, before)| used.saturating_sub(before));
-                if worked.is_none_or(|worked| worked < self.watchdog / WORKING_SHARE) {
+                let Some((used, before)) = used.zip(before) else { return };
+                let worked = used.saturating_sub(before);
+                if worked < self.watchdog / WORKING_SHARE {
                     return;
                 }
-                tracing::warn!(?worked, "lxcfs responds late, but works");
+                tracing::warn!(cpu_time = ?worked, "lxcfs responds late, but works");
                 if tokio::time::timeout(self.watchdog, &mut result).await.is_ok() {
                     continue 'probes;
                 }

@@ -144,7 +144,7 @@ struct MntIdReq {
 const MNT_ID_REQ_SIZE: u32 = 24;
 const _: () = assert!(size_of::<MntIdReq>() == MNT_ID_REQ_SIZE as usize);
 
-/// statmount(2) has the same number on every architecture.
+/// The number of statmount(2) on x86-64 and arm64. libc does not have it.
 const SYS_STATMOUNT: libc::c_long = 457;
 
 /// Describes the mount with this unique id, of the caller's mount namespace, in a

@@ -85,10 +85,10 @@ impl State {
                 || has_view(c.applied)
                 || has_view(c.in_flight.map(|operation| operation.desired))
             {
-                let has_view = has_view(c.applied) && c.in_flight.is_none();
-                let after = recovered.filter(|_| has_view).or(c.deferred());
+                let rests_with_view = c.in_flight.is_none() && has_view(c.applied);
+                let until = recovered.filter(|_| rests_with_view).or(c.deferred());
                 c.requeue();
-                c.defer(after);
+                c.defer(until);
             }
         }
     }
