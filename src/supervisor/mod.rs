@@ -349,7 +349,7 @@ impl Supervisor {
         'probes: loop {
             tokio::time::sleep(pools.probe_interval).await;
             let (uptime, mut used) = (uptime.clone(), pid.and_then(child::cpu_time));
-            // An error is a response too: a path that was unmounted or covered is noticed otherwise.
+            // An error is a response too: an unmounted or covered path is noticed elsewhere.
             let probe = pools.probe_workers.run(move |_| std::fs::read(uptime).is_ok()).await;
             let Err(JobTimeout { result, .. }) = probe else { continue };
             let Some(mut result) = result else { return };
