@@ -146,11 +146,10 @@ impl Signals {
     }
 }
 
-/// The worker pools: one for sweeps, one with a single thread for probes of lxcfs.
-struct Pools {
-    sweepers: Workers,
-    probe_workers: Workers,
-    probe_interval: Duration,
+/// The probes of one lxcfs, by a single thread.
+struct Probes {
+    workers: Workers,
+    interval: Duration,
 }
 
 impl Supervisor {
@@ -183,23 +182,22 @@ impl Supervisor {
         let probe_deadline = self.watchdog.saturating_sub(probe_interval);
         // Before it is needed: a sweep is urgent.
         node::prepare_scratch().await;
-        let pools = Pools {
-            sweepers,
-            probe_workers: Workers::start(1, probe_deadline).map_err(Error::Workers)?,
-            probe_interval,
-        };
         let node = CgroupVersion::of_node();
         let program = Program::choose(self.bin.as_deref(), node).await?;
         let Program { bin, version, reason, .. } = &program;
         tracing::info!(lxcfs_version = version, bin = %bin.display(), reason, "running lxcfs");
         let cgroup2 = Cgroup2::read().unwrap_or_default();
         let mut mount_table = MountTableWatch::new().map_err(Error::Watch)?;
-        let mut predecessors = Predecessors::take_over(&self.path, &pools.sweepers).await;
+        let mut predecessors = Predecessors::take_over(&self.path, &sweepers).await;
         let mut failures = 0;
         loop {
             let started = Instant::now();
             let mut child = child::start(&program, &self.path, &self.args)?;
-            let serves = self.wait_until_serving(&mut child, &pools, &mut signals).await;
+            // Another thread for each lxcfs: a probe of the last one may wait until its views are
+            // remounted from this one.
+            let probe_workers = Workers::start(1, probe_deadline).map_err(Error::Workers)?;
+            let probes = Probes { workers: probe_workers, interval: probe_interval };
+            let serves = self.wait_until_serving(&mut child, &probes, &mut signals).await;
             if let Some(cgroup2) = &cgroup2 {
                 cgroup2.restore();
             }
@@ -217,9 +215,9 @@ impl Supervisor {
                     self.metrics.set_up(true);
                     let held = hold(&self.path, dev);
                     let connection = share(&child, dev);
-                    predecessors.replace(&self.path, &pools.sweepers, &pools.probe_workers).await;
+                    predecessors.replace(&self.path, &sweepers, &probes.workers).await;
                     let reason = self
-                        .serve(&mut child, identity, &pools, &mut mount_table, &mut signals)
+                        .serve(&mut child, identity, &probes, &mut mount_table, &mut signals)
                         .await;
                     self.metrics.set_up(false);
                     self.stop_serving(dev, &reason);
@@ -238,7 +236,7 @@ impl Supervisor {
                             recoveries.start(ExitedLxcfs { dev, held, connection }).await;
                         }
                         None => {
-                            self.sweep_before_exit(&mut child, dev, &reason, &pools.sweepers).await;
+                            self.sweep_before_exit(&mut child, dev, &reason, &sweepers).await;
                         }
                     }
                     if let ExitReason::Shutdown = reason {
@@ -279,7 +277,7 @@ impl Supervisor {
     async fn wait_until_serving(
         &self,
         child: &mut Child,
-        pools: &Pools,
+        probes: &Probes,
         signals: &mut Signals,
     ) -> Result<(Identity, Arc<LxcfsFiles>), ExitReason> {
         let started = Instant::now();
@@ -287,7 +285,7 @@ impl Supervisor {
         let serves = async {
             loop {
                 if let Some(identity) = identify(&self.path) {
-                    match finder.find(&pools.probe_workers).await {
+                    match finder.find(&probes.workers).await {
                         Ok(lxcfs) => return Some((identity, lxcfs)),
                         Err(FindError::Hung { .. }) => return None,
                         Err(_) => {}
@@ -311,12 +309,12 @@ impl Supervisor {
         &self,
         child: &mut Child,
         serving: Identity,
-        pools: &Pools,
+        probes: &Probes,
         mount_table: &mut MountTableWatch,
         signals: &mut Signals,
     ) -> ExitReason {
         let pid = child::pid(child);
-        let hangs = self.hangs(pid, pools);
+        let hangs = self.hangs(pid, probes);
         let unmounted = async {
             // A covered lxcfs serves no new view.
             while is_mounted(&self.path, serving) {
@@ -344,13 +342,13 @@ impl Supervisor {
     /// Waits until lxcfs hangs: until it does not respond in time, and does not work meanwhile.
     /// With many readers it works, and responds late: to kill it would only make more of them wait
     /// for the next one.
-    async fn hangs(&self, pid: Option<Pid>, pools: &Pools) {
+    async fn hangs(&self, pid: Option<Pid>, probes: &Probes) {
         let uptime = self.path.join("proc/uptime");
         'probes: loop {
-            tokio::time::sleep(pools.probe_interval).await;
+            tokio::time::sleep(probes.interval).await;
             let (uptime, mut used) = (uptime.clone(), pid.and_then(child::cpu_time));
             // An error is a response too: an unmounted or covered path is noticed elsewhere.
-            let probe = pools.probe_workers.run(move |_| std::fs::read(uptime).is_ok()).await;
+            let probe = probes.workers.run(move |_| std::fs::read(uptime).is_ok()).await;
             let Err(JobTimeout { result, .. }) = probe else { continue };
             let Some(mut result) = result else { return };
             for _ in 0..MAX_EXTENSIONS {

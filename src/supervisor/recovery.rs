@@ -1,7 +1,11 @@
 //! The views of an lxcfs that has exited: they are remounted from the next one if it serves soon,
 //! else removed. Readers wait until then.
 
-use std::{os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{
+    os::fd::OwnedFd,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use tokio::{
     sync::{Mutex, mpsc, oneshot},
@@ -145,10 +149,12 @@ impl Recovery {
     ) -> bool {
         let _remounting = self.remounting.lock().await;
         let Some(next) = next else { return false };
+        let started = Instant::now();
         match node::recover(&self.sweepers, exited, next, visited).await {
             Ok(summary) => {
                 if summary.files > 0 {
-                    tracing::info!(dev = %exited, %summary, "remounted views of an exited lxcfs");
+                    let (dev, elapsed) = (exited, started.elapsed());
+                    tracing::info!(%dev, %summary, ?elapsed, "remounted views of an exited lxcfs");
                 }
                 summary.failed == 0
             }

@@ -155,6 +155,13 @@ fn busy_lxcfs_is_killed_late() {
     });
 }
 
+/// Whether a thread of this process waits for a response of a FUSE server.
+fn waits_for_lxcfs(pid: i32) -> bool {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
+    let mut calls = tasks.map(|task| fs::read_to_string(task.path().join("wchan")));
+    calls.any(|call| call.is_ok_and(|call| call == "request_wait_answer"))
+}
+
 /// A thread whose request lxcfs has read exits only when the connection is aborted: the supervisor
 /// must not be what keeps it.
 #[test]
@@ -164,16 +171,28 @@ fn supervisor_killed_with_its_lxcfs_exits() {
         let args = ["--lxcfs-bin", &busy_lxcfs(dir.path()), "--watchdog", "5s"];
         let mut lxcfs = Supervised::start(&args);
         let pid = lxcfs.supervisor.pid();
-        eventually_true("a probe waits", || {
-            let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten();
-            let mut calls = tasks.map(|task| fs::read_to_string(task.path().join("wchan")));
-            calls.any(|call| call.is_ok_and(|call| call == "request_wait_answer"))
-        });
+        eventually_true("a probe waits", || waits_for_lxcfs(pid));
         let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
         let fake: i32 = children.trim().parse().unwrap();
         send(pid, Signal::SIGKILL);
         send(fake, Signal::SIGKILL);
         eventually_true("it exits", || lxcfs.supervisor.child.try_wait().unwrap().is_some());
+    });
+}
+
+/// The probe waits with the readers.
+#[test]
+fn pending_probe_does_not_delay_the_next_lxcfs() {
+    isolated(|| {
+        let node = Node::start(1, &["--watchdog", "60s"]);
+        let (killed, supervisor) = (node.lxcfs.lxcfs(), &node.lxcfs.supervisor);
+        node.lxcfs.signal_lxcfs(Signal::SIGSTOP);
+        eventually_true("a probe waits", || waits_for_lxcfs(supervisor.pid()));
+        node.lxcfs.signal_lxcfs(Signal::SIGKILL);
+        node.replaced(killed);
+        let remounted = [("message", "remounted views of an exited lxcfs")];
+        eventually_true("it remounts", || supervisor.logged(&remounted) == 1);
+        assert_eq!(supervisor.logged(&[("message", "removed views of an exited lxcfs")]), 0);
     });
 }
 
