@@ -20,6 +20,7 @@
 #   E2E_NRI=1                    the runtime has NRI
 #   E2E_PLUGIN=FILE              the program as a kubectl plugin, of the agent's image by default
 #   E2E_PORT=PORT                the agent's HTTP port, if E2E_VALUES changes it
+#   E2E_SECURE_PORT=PORT         a free port of the agent for HTTPS (9810)
 #   E2E_ONLY=migrations          only the steps of hack/migrate.sh
 #   E2E_SIZES=SECONDS            also measure memory, and CPU time in SECONDS without changes
 # shellcheck disable=SC2317,SC2329 # steps and conditions are called by name
@@ -56,6 +57,7 @@ PATH="$(hack/offline/helm.sh):$PATH"
 # The release's namespace, and that of the pods.
 namespace=kube-lxcfs
 pods_namespace=kube-lxcfs-e2e
+status_role=$pods_namespace-status
 plugin=${E2E_PLUGIN-}
 
 exists() { [ -n "$(kubectl get "$1" "$2" --ignore-not-found -o name)" ]; }
@@ -84,11 +86,11 @@ if [ -n "$given" ]; then
     image=${E2E_IMAGE%:*} tag=${E2E_IMAGE##*:}
     second=${E2E_IMAGE_2:-$E2E_IMAGE} second=${second##*:}
     busybox=${E2E_BUSYBOX:-busybox:1} pull=IfNotPresent
-    nri=${E2E_NRI-} port=${E2E_PORT:-9808}
+    nri=${E2E_NRI-} port=${E2E_PORT:-9808} secure_port=${E2E_SECURE_PORT:-9810}
 else
     image=localhost/kube-lxcfs tag=e2e second=e2e-2
     busybox=$BUSYBOX_IMAGE pull=Never
-    nri=1 port= # set when the cluster starts
+    nri=1 port= secure_port= # set when the cluster starts
 fi
 export KUBECONFIG=$dir/kubeconfig
 values=(--namespace "$namespace" --create-namespace --wait --timeout 3m
@@ -124,10 +126,11 @@ a_node_and_its_control_plane_start() {
     hack/cluster.sh up "$dir"
     load_images
     read -r _ api _ <"$dir/ports"
-    port=$(python3 -c 'import socket
-s = socket.socket()
-s.bind(("127.0.0.1", 0))
-print(s.getsockname()[1])')
+    read -r port secure_port < <(python3 -c 'import socket
+sockets = [socket.socket(), socket.socket()]
+for s in sockets:
+    s.bind(("127.0.0.1", 0))
+print(*(s.getsockname()[1] for s in sockets))')
     # This cluster has no kube-proxy and no DNS: the agent gets the API server's address.
     values+=(--set "hostPath=$host"
         --set "runtime.criSocketPath=$dir/run/sock,nri.socketPath=$dir/run/nri.sock"
@@ -152,6 +155,7 @@ clean_up() {
         helm uninstall kube-lxcfs --namespace "$namespace" --wait >/dev/null 2>&1 || true
         # shellcheck disable=SC2086 # nothing if it was not created
         kubectl delete namespace "$pods_namespace" $created --timeout=3m >/dev/null 2>&1 || true
+        kubectl delete clusterrolebinding,clusterrole "$status_role" >/dev/null 2>&1 || true
         rm -rf "$dir"
     else
         hack/cluster.sh down "$dir"
@@ -323,17 +327,18 @@ image_of() {
     kubectl -n "$namespace" get "daemonset/kube-lxcfs-$1" -o "jsonpath=$field"
 }
 
-# http PATH: prints the responses of all agents. A forwarded request reaches the agent by loopback.
-http() {
+# responses PORT COMMAND...: what the command prints for each agent, with the number of a port of
+# loopback before its arguments. A forwarded request reaches the agent by loopback.
+responses() {
     local forward local_port pod
     for pod in $(component_pods agent); do
         # The background process truncates the file later: it may still hold the last port.
         : >"$dir/forward"
-        kubectl -n "$namespace" port-forward "$pod" ":$port" >"$dir/forward" 2>&1 &
+        kubectl -n "$namespace" port-forward "$pod" ":$1" >"$dir/forward" 2>&1 &
         forward=$!
         if wait_for 10 has "^Forwarding from 127" "$dir/forward"; then
             local_port=$(sed -n 's/^Forwarding from 127.0.0.1:\([0-9]*\) .*/\1/p' "$dir/forward")
-            get "$local_port" "$1" || true
+            "$2" "$local_port" "${@:3}" || true
         else
             sed "s|^|port-forward to $pod: |" "$dir/forward" >&2
         fi
@@ -341,12 +346,26 @@ http() {
         wait "$forward" 2>/dev/null || true
     done
 }
+# http PATH: prints the responses of all agents.
+http() { responses "$port" get "$1"; }
 # get PORT PATH: prints the response of a server on loopback.
 get() (
     exec 3<>"/dev/tcp/127.0.0.1/$1"
     printf 'GET %s HTTP/1.0\r\n\r\n' "$2" >&3
     cat <&3
 )
+# tls_get PORT PATH TOKEN: prints the code and the first line of a response over HTTPS.
+tls_get() {
+    python3 - "$@" <<'EOF'
+import http.client, ssl, sys
+port, path, token = sys.argv[1:]
+tls = ssl._create_unverified_context()
+server = http.client.HTTPSConnection("127.0.0.1", int(port), timeout=10, context=tls)
+server.request("GET", path, headers={"Authorization": "Bearer " + token} if token else {})
+answer = server.getresponse()
+print(answer.status, answer.read().decode().splitlines()[0])
+EOF
+}
 # metric SERIES: the sum over all agents.
 metric() {
     http /metrics |
@@ -614,6 +633,36 @@ views_return_after_lxcfs_is_killed() {
     eventually 10 "all views are back" all_pods sees_limit in
     note "$(read_errors) reads in 3 pods failed"
     reset_read_errors
+}
+
+# The ClusterRole of the document, for a ServiceAccount of the pods' namespace.
+the_api_server_decides_who_gets_status_over_https() {
+    local account answer objects token address='[::]'
+    if [ -z "$given" ]; then address=127.0.0.1; fi
+    install --set "agent.secureListen=$address:$secure_port"
+    rolled_out agent
+    objects=$(awk '/^### / { inside = /for other clients/ } /^```$/ { printing = 0 }
+        printing; inside && /^```yaml$/ { printing = ++blocks == 2 }' docs/operations.md |
+        sed "s/namespace: tools/namespace: $pods_namespace/; s/kube-lxcfs-status/$status_role/")
+    kubectl apply -f - <<<"$objects" >/dev/null || fail "docs/operations.md: $objects"
+    for account in inventory other; do kubectl create serviceaccount $account >/dev/null; done
+    # answers EXPECTED PATH TOKEN
+    answers() {
+        answer=$(responses "$secure_port" tls_get "$2" "$3")
+        [[ $answer == "$1"* ]] || fail "$2 with '${3:0:8}…': expected $1, got $answer"
+    }
+    token=$(kubectl create token inventory)
+    answers "200 [" /status "$token"
+    answers "200 # HELP" /metrics "$token"
+    answers 403 /status "$(kubectl create token other)"
+    answers 401 /status ""
+    answers 401 /status invalid
+    # A permission that is taken back.
+    kubectl delete clusterrolebinding "$status_role" >/dev/null
+    sleep 11
+    answers 403 /status "$token"
+    kubectl delete clusterrole "$status_role" >/dev/null
+    kubectl delete serviceaccount inventory other >/dev/null
 }
 
 an_upgrade_of_the_agent_leaves_lxcfs_as_it_is() {
@@ -958,6 +1007,7 @@ all_other_steps() {
     step views_outlive_the_agents_pod
     step deleting_the_lxcfs_pod_fails_no_read
     node_step views_return_after_lxcfs_is_killed
+    step the_api_server_decides_who_gets_status_over_https
     step an_upgrade_of_the_agent_leaves_lxcfs_as_it_is
     step an_upgrade_of_lxcfs_fails_no_read
     step upgrades_of_both_do_not_wait_for_each_other
