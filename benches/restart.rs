@@ -196,9 +196,17 @@ fn main() {
         setup.lxcfs.wait_until_serving();
         let serves = (now() - at) / 1_000_000;
         setup.all_current(Some(&dev));
+        let current = (now() - at) / 1_000_000;
+        let remounted = eventually("the supervisor has remounted every view", || {
+            let entries = setup.lxcfs.supervisor.entries().into_iter();
+            let mut passes =
+                entries.filter(|entry| entry["message"] == "remounted views of an exited lxcfs");
+            passes.next().ok_or_else(|| "no such line".to_owned())
+        });
         println!(
-            "kill -9: lxcfs serves after {serves} ms, all views are current after {} ms",
-            (now() - at) / 1_000_000
+            "kill -9: lxcfs serves after {serves} ms, all views are current after {current} ms; \
+             the supervisor's remount took {}",
+            remounted["elapsed"].as_str().unwrap()
         );
         at
     });
