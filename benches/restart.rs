@@ -2,8 +2,9 @@
 //! namespaces and 20 containers of a real containerd, pods of a real API server, an agent and a
 //! supervised lxcfs; and 50 readers of an lxcfs that hangs.
 //!
-//!     cargo bench --bench restart              200 containers
-//!     cargo bench --bench restart -- 1000      more
+//!     cargo bench --bench restart                  200 containers
+//!     cargo bench --bench restart -- 1000          more
+//!     cargo bench --bench restart -- 1000 500      whose readers read 500 files a second in all
 #![allow(
     clippy::unwrap_used,
     clippy::wildcard_imports,
@@ -28,9 +29,11 @@ use nix::sys::signal::Signal;
 const CONTAINERS: usize = 200;
 const REAL: usize = 20;
 const HUNG: usize = 50;
-/// Of each reader between two rounds, two files a round, for each container: all readers together
-/// read 2,000 files a second. With more, they wait for lxcfs already before it is killed.
-const PAUSE: Duration = Duration::from_millis(1);
+/// How many files all readers together read in a second. With 20,000, they wait for lxcfs already
+/// before it is killed; with 2,000, it uses most of two CPUs.
+const FILES_PER_SECOND: u32 = 2000;
+/// How many files a reader reads in a round.
+const FILES_PER_ROUND: u32 = 2;
 
 struct Container {
     pid: i32,
@@ -65,9 +68,11 @@ fn run_reader(containerd: &Containerd, name: &str, pause: Duration) -> (String, 
     (pod.containers["app"].clone(), dir.join("seen"))
 }
 
-fn setup(bare: usize, real: usize, lxcfs: &[&str]) -> Setup {
+fn setup(bare: usize, real: usize, files_per_second: u32, lxcfs: &[&str]) -> Setup {
     let (lxcfs, pods) = (Supervised::start(lxcfs), Pods::start());
-    let pause = PAUSE * u32::try_from(bare + real).unwrap();
+    let files = FILES_PER_ROUND * u32::try_from(bare + real).unwrap();
+    // Of each reader between two rounds.
+    let pause = Duration::from_secs(1) * files / files_per_second;
     let bare: Vec<Reader> = (0..bare).map(|_| Reader::start(pause)).collect();
     let mut containers: Vec<Container> = bare
         .iter()
@@ -110,8 +115,10 @@ fn setup(bare: usize, real: usize, lxcfs: &[&str]) -> Setup {
 impl Setup {
     /// Waits until every container has a whole view of another lxcfs than `before`; returns the
     /// time it took.
-    fn all_current(&self, before: Option<&str>) -> Duration {
-        let started = Instant::now();
+    fn all_current(&self, before: Option<&str>) {
+        // What is measured has the nice value -10, and uses every CPU.
+        let nice = |value| rustix::process::setpriority_process(None, value).unwrap();
+        nice(-20);
         for container in &self.containers {
             eventually("the view is current", || {
                 let table = mountinfo(container.pid);
@@ -124,7 +131,7 @@ impl Setup {
                 }
             });
         }
-        started.elapsed()
+        nice(0);
     }
 
     /// The device of the view in the last container.
@@ -179,9 +186,11 @@ fn now() -> u128 {
 
 fn main() {
     let started = Instant::now();
-    let containers = std::env::args().skip(1).find_map(|arg| arg.parse().ok());
-    let bare = containers.unwrap_or(CONTAINERS).saturating_sub(REAL);
-    let mut setup = setup(bare, REAL, &["--watchdog", "2s"]);
+    let mut numbers = std::env::args().skip(1).filter_map(|arg| arg.parse().ok());
+    let containers = numbers.next().map_or(CONTAINERS, |count: u32| count.try_into().unwrap());
+    let rate = numbers.next().unwrap_or(FILES_PER_SECOND);
+    let bare = containers.saturating_sub(REAL);
+    let mut setup = setup(bare, REAL, rate, &["--watchdog", "2s"]);
     println!(
         "{} containers have their view after {:.1?} of preparations",
         setup.containers.len(),

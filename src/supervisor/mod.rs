@@ -158,6 +158,10 @@ impl Supervisor {
     /// # Errors
     /// Fails if lxcfs cannot be run at all; an lxcfs that exits or hangs is restarted.
     pub async fn run(self) -> Result<(), Error> {
+        // Every reader of the node waits for the threads that are started from here on, and for
+        // lxcfs. All inherit the value; Linux sets that of one thread only (setpriority(2)).
+        // Without CAP_SYS_NICE it stays as it is.
+        let _ = rustix::process::setpriority_process(None, NICE);
         let sweepers = Workers::start(SWEEPERS, SWEEP_DEADLINE).map_err(Error::Workers)?;
         let mut recoveries = Recoveries::new(sweepers.clone(), self.metrics.clone());
         let stopped = self.run_until_shutdown(sweepers, &mut recoveries).await;
@@ -173,9 +177,6 @@ impl Supervisor {
         recoveries: &mut Recoveries,
     ) -> Result<(), Error> {
         let mut signals = Signals::listen().map_err(Error::Signals)?;
-        // Every reader of the node waits for these threads, and for lxcfs, which inherits the
-        // value. Without CAP_SYS_NICE the value stays as it is.
-        let _ = rustix::process::setpriority_process(None, NICE);
         // Ten probes per watchdog time: the probe that is pending at a kill is younger than the
         // hang by one interval.
         let probe_interval = self.watchdog / 10;

@@ -180,6 +180,22 @@ fn supervisor_killed_with_its_lxcfs_exits() {
     });
 }
 
+/// Readers wait for each of them.
+#[test]
+fn threads_of_the_supervisor_and_lxcfs_have_one_priority() {
+    isolated(|| {
+        let lxcfs = Supervised::start(&[]);
+        let nice_values = |pid| {
+            let tasks = procfs::process::Process::new(pid).unwrap().tasks().unwrap();
+            tasks.map(|task| task.unwrap().stat().unwrap().nice).collect::<Vec<i64>>()
+        };
+        let supervisor = nice_values(lxcfs.supervisor.pid());
+        assert!(supervisor.len() > 8, "{supervisor:?}");
+        let all = [supervisor, nice_values(lxcfs.lxcfs())].concat();
+        assert!(all.iter().all(|nice| *nice == all[0]), "{all:?}");
+    });
+}
+
 /// The probe waits with the readers.
 #[test]
 fn pending_probe_does_not_delay_the_next_lxcfs() {
