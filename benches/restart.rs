@@ -113,8 +113,7 @@ fn setup(bare: usize, real: usize, files_per_second: u32, lxcfs: &[&str]) -> Set
 }
 
 impl Setup {
-    /// Waits until every container has a whole view of another lxcfs than `before`; returns the
-    /// time it took.
+    /// Waits until every container has a whole view of another lxcfs than `before`.
     fn all_current(&self, before: Option<&str>) {
         // What is measured has the nice value -10, and uses every CPU.
         let nice = |value| rustix::process::setpriority_process(None, value).unwrap();
