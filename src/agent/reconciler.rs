@@ -7,6 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures::{FutureExt, future::BoxFuture};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::{
@@ -15,11 +16,14 @@ use super::{
 };
 use crate::{
     lxcfs::{self, Acquired, SharedLxcfs},
-    model::{status::Operation as OperationKind, view::FileSet},
+    model::{container_id::ContainerId, status::Operation as OperationKind, view::FileSet},
     mount::{self, JobTimeout, LxcfsFiles, Outcome, Task, WorkError, Workers},
     node::{self, PassSummary},
     runtime::{self, Runtime},
-    sys::{mountinfo::Dev, process::ProcessError},
+    sys::{
+        mountinfo::Dev,
+        process::{Process, ProcessError},
+    },
 };
 
 /// The dependencies of an operation.
@@ -75,7 +79,7 @@ impl Reconciler {
                 // While a thread searches for lxcfs, there is time for the process.
                 let during_search = async {
                     if blocks_start {
-                        process = Some(runtime.process(&id, pid).await);
+                        process = Some(find_process(&runtime, &id, pid).await);
                     }
                 };
                 let (Acquired { lxcfs, searched }, ()) =
@@ -99,7 +103,7 @@ impl Reconciler {
             let task = Task::Reconcile { desired, lxcfs, adopt, fresh: blocks_start };
             let process = match process {
                 Some(process) => process,
-                None => runtime.process(&id, pid).await,
+                None => find_process(&runtime, &id, pid).await,
             };
             let (completion, pending) = match process {
                 Err(e) => (e.into(), None),
@@ -188,6 +192,16 @@ impl Reconciler {
     }
 }
 
+/// [`Runtime::process`], whose state of 2.5 kB an operation has only while it runs: after the start
+/// of the agent, as many operations as the node has containers wait for a permit.
+fn find_process<'a>(
+    runtime: &'a Runtime,
+    id: &'a ContainerId,
+    pid: Option<i64>,
+) -> BoxFuture<'a, Result<Arc<Process>, runtime::Error>> {
+    runtime.process(id, pid).boxed()
+}
+
 impl From<runtime::Error> for Completion {
     fn from(e: runtime::Error) -> Completion {
         match e {
@@ -262,10 +276,7 @@ fn log_changes(container: &str, completion: &Completion, elapsed: Duration) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        model::{container_id::ContainerId, view::ViewFile},
-        plan::Step,
-    };
+    use crate::{model::view::ViewFile, plan::Step};
 
     #[test]
     fn only_failures_of_the_pod_complete_as_failed() {
