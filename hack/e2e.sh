@@ -90,7 +90,7 @@ if [ -n "$given" ]; then
 else
     image=localhost/kube-lxcfs tag=e2e second=e2e-2
     busybox=$BUSYBOX_IMAGE pull=Never
-    nri=1 port= secure_port= # set when the cluster starts
+    nri=1 port='' secure_port='' # set when the cluster starts
 fi
 export KUBECONFIG=$dir/kubeconfig
 values=(--namespace "$namespace" --create-namespace --wait --timeout 3m
@@ -645,7 +645,7 @@ the_api_server_decides_who_gets_status_over_https() {
         printing; inside && /^```yaml$/ { printing = ++blocks == 2 }' docs/operations.md |
         sed "s/namespace: tools/namespace: $pods_namespace/; s/kube-lxcfs-status/$status_role/")
     kubectl apply -f - <<<"$objects" >/dev/null || fail "docs/operations.md: $objects"
-    for account in inventory other; do kubectl create serviceaccount $account >/dev/null; done
+    for account in inventory other; do kubectl create serviceaccount "$account" >/dev/null; done
     # answers EXPECTED PATH TOKEN
     answers() {
         answer=$(responses "$secure_port" tls_get "$2" "$3")
