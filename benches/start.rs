@@ -1,7 +1,7 @@
 //! What a container's first instruction sees, and what its start costs more: pods in a row with
-//! containerd 1.7 and 2 over NRI, some of which ask for no view, and the same without kube-lxcfs, in
-//! turns in the same run, with a supervised lxcfs; what the agent does in that time; and how soon the
-//! view comes without NRI.
+//! containerd 1.7 and 2 over NRI, half of which ask for no view, and the same without kube-lxcfs,
+//! in turns in the same run, with a supervised lxcfs; what the agent does in that time; and how
+//! soon the view comes without NRI.
 //!
 //!     cargo bench --bench start                       500 pods each
 //!     cargo bench --bench start -- 50                 fewer
