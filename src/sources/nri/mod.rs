@@ -48,6 +48,9 @@ const INDEX: &str = "90";
 const REGISTRATION_STREAM: u32 = 1;
 /// The limit for the runtime's reply to the registration.
 const REGISTRATION_TIMEOUT: Duration = Duration::from_secs(5);
+/// The buffers of a connection that are kept for the next messages, in bytes. After the plugin has
+/// registered, one message describes every container of the node: 2 MB for 1,000.
+const MAX_KEPT_BYTES: usize = 64 << 10;
 /// The delay before the next connection. A new socket ends it early.
 const RECONNECT: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(30));
 /// A session of at least this duration resets the delay.
@@ -205,12 +208,14 @@ async fn session(
     // The bytes of the socket, and of the two connections in it: calls of the runtime, and
     // responses to ours.
     let (mut raw, mut calls, mut responses) = (BytesMut::new(), BytesMut::new(), BytesMut::new());
+    let mut large = false;
     loop {
         tokio::select! {
             received = read.read_buf(&mut raw) => {
                 if received? == 0 {
                     return Err(Error::Disconnected);
                 }
+                large |= raw.len() > MAX_KEPT_BYTES;
                 while let Some(Frame { connection, payload }) = Frame::decode(&mut raw)? {
                     match connection {
                         ttrpc::PLUGIN => calls.extend_from_slice(&payload),
@@ -229,10 +234,14 @@ async fn session(
                         outputs.metrics.set_nri_connected(true);
                     }
                 }
+                large |= calls.len() > MAX_KEPT_BYTES;
                 while let Some(message) = Message::decode(&mut calls)? {
                     if message.message_type == MessageType::Request {
                         replies.push(service.call(message));
                     }
+                }
+                if large && raw.is_empty() && calls.is_empty() {
+                    (raw, calls, large) = (BytesMut::new(), BytesMut::new(), false);
                 }
             }
             Some(reply) = replies.next() => reply.frame(ttrpc::PLUGIN).encode(&mut out),
