@@ -74,6 +74,8 @@ check_given_cluster() {
     [ -z "$found" ] || fail "kube-lxcfs is installed on the cluster of KUBECONFIG; uninstall it"
     ! exists namespace "$pods_namespace" ||
         fail "the namespace $pods_namespace exists on the cluster of KUBECONFIG; delete it"
+    ! exists clusterrole "$status_role" ||
+        fail "the ClusterRole $status_role exists on the cluster of KUBECONFIG; delete it"
     exists namespace "$namespace" || created=$namespace
 }
 if [ -n "$given" ]; then check_given_cluster; fi
@@ -188,6 +190,16 @@ note() { say "    $*"; }
 
 # eventually SECONDS WHAT COMMAND...
 eventually() { wait_for "$1" "${@:3}" || fail "not within $1 s: $2"; }
+
+# block FILE HEADING LANGUAGE NUMBER: prints a code block of a document's section.
+block() {
+    awk -v heading="$2" -v start="\`\`\`$3" -v wanted="$4" '
+        BEGIN { level = heading; sub(/ .*/, " ", level) }
+        index($0, level) == 1 { inside = $0 == heading }
+        /^```$/ { printing = 0 }
+        printing
+        inside && $0 == start { printing = ++blocks == wanted }' "$1"
+}
 
 # has PATTERN...: grep that reads all its input, so that the writer gets no SIGPIPE.
 has() { grep "$@" >/dev/null; }
@@ -641,8 +653,7 @@ the_api_server_decides_who_gets_status_over_https() {
     if [ -z "$given" ]; then address=127.0.0.1; fi
     install --set "agent.secureListen=$address:$secure_port"
     rolled_out agent
-    objects=$(awk '/^### / { inside = /for other clients/ } /^```$/ { printing = 0 }
-        printing; inside && /^```yaml$/ { printing = ++blocks == 2 }' docs/operations.md |
+    objects=$(block docs/operations.md "### /status and /metrics for other clients" yaml 2 |
         sed "s/namespace: tools/namespace: $pods_namespace/; s/kube-lxcfs-status/$status_role/")
     kubectl apply -f - <<<"$objects" >/dev/null || fail "docs/operations.md: $objects"
     for account in inventory other; do kubectl create serviceaccount "$account" >/dev/null; done

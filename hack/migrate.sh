@@ -9,18 +9,9 @@
 
 # ---- the document -----------------------------------------------------------------------------
 
-# block HEADING NUMBER: prints a shell block of the section.
-block() {
-    awk -v heading="## $1" -v wanted="$2" '
-        /^## / { inside = $0 == heading }
-        /^```$/ { printing = 0 }
-        printing
-        inside && /^```sh$/ { printing = ++blocks == wanted }' docs/migrating.md
-}
-
 # output_of_block HEADING NUMBER: runs it, with the image and the values that this cluster needs.
 output_of_block() (
-    commands=$(block "$@")
+    commands=$(block docs/migrating.md "## $1" sh "$2")
     [ -n "$commands" ] || fail "docs/migrating.md has no block $2 below '$1'"
     helm() {
         case $1 in

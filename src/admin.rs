@@ -328,12 +328,14 @@ impl Status {
         }
         let status = self.clone();
         let pass = tokio::spawn(async move {
+            let mut all_current = false;
             if let Ok(views) = status.views(Vec::new()).await {
                 let worst: Vec<metrics::ViewState> = views.iter().filter_map(worst_state).collect();
                 let count = |state| worst.iter().filter(|worst| **worst == state).count();
                 status.app.metrics.set_views(count);
+                all_current = count(metrics::ViewState::Current) == worst.len();
             }
-            *next_count = Some(started + views_ttl(started.elapsed()));
+            *next_count = Some(started + views_ttl(started.elapsed(), all_current));
         });
         let _ = tokio::time::timeout(METRICS_TIMEOUT, pass).await;
     }
@@ -360,8 +362,12 @@ impl Status {
     }
 }
 
-/// How long the count of the views is kept that took `elapsed`.
-fn views_ttl(elapsed: Duration) -> Duration {
+/// How long the count of the views is kept that took `elapsed`. Those that are not current will
+/// soon be, and an alert must not see them for longer.
+fn views_ttl(elapsed: Duration, all_current: bool) -> Duration {
+    if !all_current {
+        return VIEWS_TTL;
+    }
     elapsed.saturating_mul(VIEWS_SHARE).clamp(VIEWS_TTL, VIEWS_LONG_TTL)
 }
 
@@ -433,11 +439,12 @@ mod tests {
 
     #[test]
     fn views_are_counted_less_often_where_that_takes_long() {
-        let ttl = |millis| views_ttl(Duration::from_millis(millis)).as_millis();
+        let ttl = |millis| views_ttl(Duration::from_millis(millis), true).as_millis();
         assert_eq!(
             [0, 37, 38, 200, 300, 5_000].map(ttl),
             [15_000, 15_000, 15_200, 80_000, 120_000, 120_000]
         );
+        assert_eq!(views_ttl(Duration::from_secs(5), false), VIEWS_TTL);
     }
 
     #[test]
