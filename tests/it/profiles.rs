@@ -513,7 +513,7 @@ const ALWAYS_REMOVED: [&str; 21] = [
 const CREATE_AND_START: &str = r#"
     "$1" "$2" "$3" create "$4" "$5" "$6" "$7" "$8" && "$1" "$2" "$3" start "$8" || exit
     pid=$(cat "$7")
-    while [ -d "/proc/$pid" ] && ! grep -q '^State:.Z' "/proc/$pid/status"; do sleep 0.05; done"#;
+    while [ -d "/proc/$pid" ] && ! grep -qs '^State:.Z' "/proc/$pid/status"; do sleep 0.05; done"#;
 
 #[test]
 fn seccomp_profile_is_complete_and_minimal() {
