@@ -6,8 +6,8 @@
 //!     cargo bench --bench node -- 10 100  with 100 instead of 1,000 containers
 //!
 //! The containers are those of a real containerd 2. The agent has the pods from CRI, and the starts
-//! from NRI and CRI events. A supervisor runs lxcfs. Everything runs in a pid and a mount namespace
-//! of its own, on a tmpfs.
+//! from NRI. A supervisor runs lxcfs. Everything runs in a pid and a mount namespace of its own, on
+//! a tmpfs.
 #![allow(
     clippy::unwrap_used,
     clippy::wildcard_imports,

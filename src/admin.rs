@@ -47,6 +47,7 @@ use crate::{
     node::{self, ViewStatus},
     runtime::cri::CriClient,
     sources,
+    sys::mountinfo::Dev,
     telemetry::metrics::{self, Metrics, exposition::Format, supervisor::SupervisorMetrics},
 };
 
@@ -329,9 +330,9 @@ impl Status {
         let status = self.clone();
         let pass = tokio::spawn(async move {
             let mut all_current = false;
-            if let Ok(views) = status.views(Vec::new()).await {
-                let worst: Vec<metrics::ViewState> = views.iter().filter_map(worst_state).collect();
-                let count = |state| worst.iter().filter(|worst| **worst == state).count();
+            if let Ok(worst) = node::worst_states(&status.workers, status.at_path().await).await {
+                let count =
+                    |state| worst.iter().filter(|worst| metric_state(**worst) == state).count();
                 status.app.metrics.set_views(count);
                 all_current = count(metrics::ViewState::Current) == worst.len();
             }
@@ -353,12 +354,15 @@ impl Status {
 
     /// The views of the node.
     async fn views(&self, pods: Vec<Pod>) -> Result<Vec<ViewStatus>, String> {
+        let views = node::status(&self.workers, self.at_path().await, pods).await;
+        views.map_err(|e| format!("failed to scan /proc: {e}"))
+    }
+
+    /// The lxcfs at the lxcfs path, and the state of its views.
+    async fn at_path(&self) -> Option<(Dev, node::ViewState)> {
         let finder = &self.app.finder;
         let found = finder.find(&self.workers).await;
-        let at_path = node::state_at_path(finder.path(), found.as_deref());
-        drop(found);
-        let views = node::status(&self.workers, at_path, pods).await;
-        views.map_err(|e| format!("failed to scan /proc: {e}"))
+        node::state_at_path(finder.path(), found.as_deref())
     }
 }
 
@@ -371,13 +375,12 @@ fn views_ttl(elapsed: Duration, all_current: bool) -> Duration {
     elapsed.saturating_mul(VIEWS_SHARE).clamp(VIEWS_TTL, VIEWS_LONG_TTL)
 }
 
-/// The state of the worst file of a view.
-fn worst_state(view: &ViewStatus) -> Option<metrics::ViewState> {
-    view.files.values().max().map(|worst| match worst {
+fn metric_state(state: node::ViewState) -> metrics::ViewState {
+    match state {
         node::ViewState::Current => metrics::ViewState::Current,
         node::ViewState::Stale => metrics::ViewState::Stale,
         node::ViewState::Dead => metrics::ViewState::Dead,
-    })
+    }
 }
 
 /// A container with a view, or for which one is desired.

@@ -39,20 +39,24 @@ type Done<T> = (Arc<Process>, Result<T, mount::Error>);
 /// Works on every process, such that no container delays the others much. The first namespace of
 /// each container comes first. When these are done, the second of each follows, and so on, a few at
 /// a time. Those with large mount tables come last, with a limit of time for each container.
+///
+/// # Errors
+/// Fails if the runtime of tasks is being shut down.
 async fn for_each<T, F>(
     processes: Vec<Arc<Process>>,
     work: impl Fn(Arc<Process>, TableLimit) -> F,
-) -> Vec<Done<T>>
+) -> io::Result<Vec<Done<T>>>
 where
     F: Future<Output = Result<T, mount::Error>>,
 {
     let container = |process: &Process| cgroup::container_of_process(process.pid());
+    let turns = move || Ok(take_turns(processes, |process| container(process)));
+    let (first, further) = blocking(turns).await?;
     let work = |process: Arc<Process>, limit| {
         let done = work(process.clone(), limit);
         async move { (process, done.await) }
     };
     let work = &work;
-    let (first, further) = take_turns(processes, |process| container(process));
     let mut normal: Vec<Done<T>> = Vec::new();
     for (processes, concurrency) in [(first, CONCURRENCY), (further, FURTHER_CONCURRENCY)] {
         let done = stream::iter(processes).map(|process| work(process, TableLimit::Normal));
@@ -91,7 +95,7 @@ where
         let container = cgroup::container_of_process(*pid).map(tracing::field::display);
         tracing::warn!(cause, pid, container, namespaces, "namespaces skipped");
     }
-    done
+    Ok(done)
 }
 
 /// The first process of each container; then the second of each, the third of each, and so on.
@@ -126,9 +130,16 @@ pub struct ViewedNamespace {
 /// # Errors
 /// Fails if `/proc` cannot be listed.
 pub async fn views(workers: &Workers) -> io::Result<Vec<ViewedNamespace>> {
-    let processes = blocking(Scan::all).await?;
+    viewed(workers, blocking(Scan::all).await?).await
+}
+
+/// Those of the namespaces of these processes that [`views`] finds.
+async fn viewed(
+    workers: &Workers,
+    processes: Vec<Arc<Process>>,
+) -> io::Result<Vec<ViewedNamespace>> {
     let observed =
-        for_each(processes, |process, limit| mount::observe(workers, process, limit)).await;
+        for_each(processes, |process, limit| mount::observe(workers, process, limit)).await?;
     let viewed = observed.into_iter().filter_map(|(process, observed)| match observed {
         Ok(observed) if observed.views().next().is_some() || !observed.scratch.is_empty() => {
             Some(ViewedNamespace { process, observed })
@@ -199,7 +210,7 @@ async fn pass(
     processes: Vec<Arc<Process>>,
     task: &Task,
     visited: &impl Fn(&Process),
-) -> PassSummary {
+) -> io::Result<PassSummary> {
     let reconcile = |process: Arc<Process>, limit| async move {
         let done = mount::reconcile_within(workers, process.clone(), task.clone(), limit).await;
         let done = done.unwrap_or_else(|timeout| Err(timeout.error.into()));
@@ -209,7 +220,7 @@ async fn pass(
         done
     };
     let mut summary = PassSummary::default();
-    for (process, reconciled) in for_each(processes, reconcile).await {
+    for (process, reconciled) in for_each(processes, reconcile).await? {
         let changed = match reconciled {
             Ok(outcome) => outcome.done.len(),
             Err(e) if e.is_no_target() => 0,
@@ -226,7 +237,7 @@ async fn pass(
         summary.files += changed;
         summary.containers += usize::from(changed > 0);
     }
-    summary
+    Ok(summary)
 }
 
 /// Removes the view files of these lxcfs from every container of the node. Sends no lxcfs a
@@ -266,10 +277,10 @@ async fn everywhere(
     });
     let (scanned, ()) = futures::join!(scan, prepare_scratch());
     let (mut scan, processes) = scanned?;
-    let summary = pass(workers, processes, task, visited).await;
+    let summary = pass(workers, processes, task, visited).await?;
     // A node has many more threads than processes, and few of them have their own namespace.
     let threads = blocking(move || scan.threads()).await?;
-    Ok(summary.and(pass(workers, threads, task, visited).await))
+    Ok(summary.and(pass(workers, threads, task, visited).await?))
 }
 
 /// Sweeps every lxcfs that has exited, by its device in containers that have a view of it, and
@@ -366,7 +377,7 @@ pub async fn remount(
         prepare_scratch().await;
     }
     let task = Task::reconcile(DesiredView::REMOUNT_ONLY, Some(lxcfs.clone()));
-    Ok(pass(workers, processes, &task, &|_| ()).await)
+    pass(workers, processes, &task, &|_| ()).await
 }
 
 /// The state of a view file.
@@ -406,6 +417,42 @@ pub struct ViewStatus {
     pub files: BTreeMap<ViewFile, ViewState>,
 }
 
+/// The state of each lxcfs that has views in these namespaces. One probe, through one file of one
+/// container, decides for all of them.
+async fn states(
+    workers: &Workers,
+    viewed: &[ViewedNamespace],
+    at_path: Option<(Dev, ViewState)>,
+) -> HashMap<Dev, ViewState> {
+    let at_path_dev = at_path.map(|(dev, _)| dev);
+    let probed = mount::liveness(workers, candidates(viewed, |dev| at_path_dev == Some(dev)));
+    let states = probed.await.into_iter().map(|(dev, liveness)| {
+        let state = match liveness {
+            Liveness::Alive | Liveness::Unknown => ViewState::Stale,
+            Liveness::Disconnected | Liveness::Hung => ViewState::Dead,
+        };
+        (dev, state)
+    });
+    states.chain(at_path).collect()
+}
+
+/// The state of the worst file of each view of the node. Leaves out namespaces that only threads are
+/// in: to search those too takes twice as long. `at_path` as for [`status`].
+///
+/// # Errors
+/// Fails if `/proc` cannot be listed.
+pub async fn worst_states(
+    workers: &Workers,
+    at_path: Option<(Dev, ViewState)>,
+) -> io::Result<Vec<ViewState>> {
+    let processes = blocking(|| Scan::new()?.processes()).await?;
+    let viewed = viewed(workers, processes).await?;
+    let states = states(workers, &viewed, at_path).await;
+    let state = |dev| states.get(&dev).copied().unwrap_or(ViewState::Stale);
+    let worst = |viewed: &ViewedNamespace| viewed.observed.views().map(|(_, dev)| state(dev)).max();
+    Ok(viewed.iter().filter_map(worst).collect())
+}
+
 /// The views of this node. `at_path` is the lxcfs at the lxcfs path, and the state of its views;
 /// `pods` give the containers their names.
 ///
@@ -423,25 +470,20 @@ pub async fn status(
             names.insert(id, (namespace.clone(), name.clone(), container.name));
         }
     }
-    // One probe, through one file of one container, decides for all views of an lxcfs.
     let viewed = views(workers).await?;
-    let at_path_dev = at_path.map(|(dev, _)| dev);
-    let probed = mount::liveness(workers, candidates(&viewed, |dev| at_path_dev == Some(dev)));
-    let states = probed.await.into_iter().map(|(dev, liveness)| {
-        let state = match liveness {
-            Liveness::Alive | Liveness::Unknown => ViewState::Stale,
-            Liveness::Disconnected | Liveness::Hung => ViewState::Dead,
-        };
-        (dev, state)
-    });
-    let states: HashMap<Dev, ViewState> = states.chain(at_path).collect();
+    let states = states(workers, &viewed, at_path).await;
     let mut all = Vec::new();
     let with_view = |viewed: &ViewedNamespace| viewed.observed.views().next().is_some();
-    for ViewedNamespace { process, observed } in viewed.into_iter().filter(with_view) {
+    let with_id = |viewed: ViewedNamespace| {
+        let id = cgroup::container_of_process(viewed.process.pid());
+        (viewed, id)
+    };
+    let viewed = viewed.into_iter().filter(with_view);
+    let viewed: Vec<_> = blocking(move || Ok(viewed.map(with_id).collect())).await?;
+    for (ViewedNamespace { process, observed }, id) in viewed {
         let state = |dev| states.get(&dev).copied().unwrap_or(ViewState::Stale);
         let files = observed.views().map(|(file, dev)| (file, state(dev))).collect();
         let pid = process.pid();
-        let id = cgroup::container_of_process(pid);
         let (namespace, pod, container) = match id.as_ref().and_then(|id| names.remove(id)) {
             Some((namespace, pod, container)) => (Some(namespace), Some(pod), Some(container)),
             None => (None, None, None),

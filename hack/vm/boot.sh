@@ -2,7 +2,7 @@
 # Boots a virtual machine, and runs the program `run` of a directory in it, as root. The directory
 # is at /payload there. Prints what the program prints, and exits with its status.
 #   hack/vm/boot.sh ROOT KERNEL DIR      ROOT, KERNEL: Debian releases, as in: trixie bookworm
-# With VM_ARCH=arm64, the machine is one of arm64.
+# With VM_ARCH=arm64, the machine is one of arm64; with VM_LSM=selinux, it has SELinux, permissive.
 # The console is in console.log of the cache. Nothing that the machine writes is kept.
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
@@ -43,7 +43,7 @@ boot() {
     TMPDIR=$work timeout "$limit" nice -n 10 "${qemu[@]}" -accel tcg,thread=multi \
         -smp 2 -m 2048 -no-reboot -nic none -display none -monitor none \
         -kernel "$kernel/vmlinuz" -initrd "$kernel/initrd" \
-        -append "$append rw psi=1 panic=-1 systemd.show_status=0" \
+        -append "$append ${VM_LSM:+security=$VM_LSM }rw psi=1 panic=-1 systemd.show_status=0" \
         -drive "file=$root,if=virtio,format=raw,snapshot=on" \
         -drive "file=$kernel/modules.ext4,if=virtio,format=raw,snapshot=on" \
         -drive "file=$work/payload.ext4,if=virtio,format=raw,snapshot=on" 8>&- &

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the root file system of virtual machines, once, and prints its path: an ext4 image of a
-# Debian release with systemd, AppArmor, containerd, podman, runc, crun, gVisor and lxcfs. A unit
-# runs the payload, see boot.sh.
+# Debian release with systemd, AppArmor, SELinux, containerd, podman, runc, crun, gVisor and lxcfs.
+# A unit runs the payload, see boot.sh.
 #   hack/vm/root.sh RELEASE
 set -euo pipefail
 . "$(dirname "$0")/lib.sh"
@@ -9,9 +9,10 @@ set -euo pipefail
 [ $# = 1 ] || fail "usage: hack/vm/root.sh RELEASE"
 release=$1
 # Raise it when the content changes.
-version=4
+version=5
 packages=systemd-sysv,dbus,udev,apparmor,containerd,runc,crun,lxcfs,fuse3,busybox-static,procps
-packages+=,kmod,iproute2,jq,podman,runsc,containernetworking-plugins
+packages+=,kmod,iproute2,jq,podman,runsc,containernetworking-plugins,selinux-policy-default
+packages+=,policycoreutils
 root="$vm/root-$release$arch_suffix-$version.ext4"
 log="$vm/root-$release$arch_suffix.log"
 
@@ -65,6 +66,8 @@ make_root() {
         foreign "$arch" chroot "$dir" systemctl --quiet disable "$service" || true
     done
     foreign "$arch" chroot "$dir" systemctl --quiet enable payload.service
+    # As the SELinux policy has them; with AppArmor they have no effect.
+    foreign "$arch" chroot "$dir" setfiles -F /etc/selinux/default/contexts/files/file_contexts /
     rm -rf "$dir"/var/cache/apt "$dir"/var/lib/apt/lists "$dir"/usr/share/{doc,man,locale}
     image "$dir" "$root" 2048 root
 }

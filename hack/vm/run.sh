@@ -8,7 +8,8 @@ cd "$(dirname "$0")/../.."
 . hack/vm/lib.sh
 
 # Name, Debian releases of the root, of the kernel and of lxcfs, the runtime, and the sets of
-# scenarios: see the end of guest/scenarios.sh. The machine of the cell arm64 is one of arm64.
+# scenarios: see the end of guest/scenarios.sh. The machine of the cell arm64 is one of arm64, and
+# that of selinux has SELinux instead of AppArmor.
 cells="
 kernel-6.12     trixie    trixie      sid       runc    all
 kernel-6.1      trixie    bookworm    sid       runc    all
@@ -16,6 +17,8 @@ sid             sid       sid         sid       runc    all
 lxcfs-6         trixie    trixie      trixie    runc    begin values kinds end
 crun            trixie    trixie      sid       crun    begin values kinds end
 lxcfs.service   trixie    trixie      sid       runc    host
+images          trixie    trixie      sid       runc    begin images end
+selinux         trixie    trixie      sid       runc    selinux begin values images selinux-end
 gvisor          trixie    trixie      sid       runc    begin gvisor end
 kernel-5.10     trixie    bullseye    sid       runc    all
 arm64           trixie    trixie      sid       runc    begin values kinds failures images end
@@ -23,7 +26,7 @@ arm64           trixie    trixie      sid       runc    begin values kinds failu
 
 names() { awk 'NF { print $1 }' <<<"$cells"; }
 
-# make_programs DIR: kube-lxcfs, pod and reader.
+# make_programs DIR SETS: kube-lxcfs, pod and reader, and the images for sets that run them.
 make_programs() {
     if [ "$arch" = arm64 ]; then
         hack/offline/cross.sh "$1"
@@ -33,15 +36,18 @@ make_programs() {
     say "building kube-lxcfs"
     cargo build --quiet --locked --release --bin kube-lxcfs --example pod
     cp target/release/kube-lxcfs target/release/examples/pod "$1/"
+    case " $2 " in
+    *" images "*) hack/offline/build-image.sh kube-lxcfs:vm "$1/images" ;;
+    esac
     rustc --edition 2024 -O -C target-feature=+crt-static -o "$1/reader" tests/it/reader.rs
 }
 
 # make_payload DIR ROOT LXCFS RUNTIME SETS: writes the directory that the machine has at /payload.
 make_payload() {
     local lxcfs
-    make_programs "$1"
+    make_programs "$1" "$5"
     cp hack/vm/guest/* "$1/"
-    cp -r manifests/systemd charts/kube-lxcfs/profiles/seccomp-agent.json "$1/"
+    cp -r manifests/systemd charts/kube-lxcfs/profiles/{apparmor-agent,seccomp-agent.json} "$1/"
     mv "$1/scenarios.sh" "$1/run"
     chmod +x "$1/run"
     cp "$(hack/offline/busybox-image.sh "$arch")" "$1/busybox-image.tar"
@@ -57,6 +63,7 @@ run_cell() {
     local name root kernel lxcfs runtime sets started=$SECONDS status=0
     read -r name root kernel lxcfs runtime sets < <(awk -v name="$1" '$1 == name' <<<"$cells")
     if [ "$name" = arm64 ]; then export VM_ARCH=arm64 arch=arm64; fi
+    if [ "$name" = selinux ]; then export VM_LSM=selinux; fi
     make_work_dir vm-payload
     make_payload "$work" "$root" "$lxcfs" "$runtime" "$sets"
     say "cell $name (log: $vm/$name.log)"

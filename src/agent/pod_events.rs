@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// The unpublished changes and errors of one pod, by container name.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct PodReport {
     injected: BTreeMap<String, FileSet>,
     removed: BTreeMap<String, FileSet>,
@@ -26,6 +26,10 @@ pub(super) struct PodReport {
 }
 
 impl PodReport {
+    pub(super) fn is_empty(&self) -> bool {
+        *self == PodReport::default()
+    }
+
     pub(super) fn add_steps(&mut self, container: &str, done: &[Step]) {
         for step in done {
             let files = match step.operation() {

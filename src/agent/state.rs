@@ -4,6 +4,7 @@
 //! At most one operation per container is in flight. The last desired view wins.
 
 mod container;
+mod containers;
 mod lxcfs;
 mod operation;
 
@@ -15,6 +16,7 @@ use std::{
 pub use self::operation::{Completion, Operation};
 use self::{
     container::{Container, InFlight},
+    containers::Containers,
     lxcfs::LxcfsState,
 };
 use super::pod_events::{self, PodReport};
@@ -75,7 +77,7 @@ pub struct State {
     /// By uid.
     pods: HashMap<String, PodState>,
     namespace_labels: HashMap<String, Labels>,
-    containers: HashMap<ContainerId, Container>,
+    containers: Containers,
     unconfirmed: HashMap<ContainerId, Unconfirmed>,
     lxcfs: LxcfsState,
     /// The first and the last failed search of an outage; `None` once lxcfs is found.
@@ -98,7 +100,7 @@ impl State {
             pods_listed: false,
             pods: HashMap::new(),
             namespace_labels: HashMap::new(),
-            containers: HashMap::new(),
+            containers: Containers::default(),
             unconfirmed: HashMap::new(),
             lxcfs: LxcfsState::Available,
             missing: None,
@@ -226,7 +228,9 @@ impl State {
     /// Removes an unconfirmed container. Others are removed with their pod by the watch.
     fn container_stopped(&mut self, id: &ContainerId) {
         if self.unconfirmed.remove(id).is_some() {
-            self.containers.retain(|known, c| known != id || c.in_flight.is_some());
+            if self.containers.get(id).is_some_and(|c| c.in_flight.is_none()) {
+                self.containers.remove(id);
+            }
             self.prune_pods();
         }
     }
@@ -312,7 +316,7 @@ impl State {
                 _ => DesiredView::Unmanaged,
             };
             let unconfirmed = self.unconfirmed.get(id);
-            let known = self.containers.entry(id.clone()).or_insert_with(|| Container {
+            let known = self.containers.get_or_insert_with(id, || Container {
                 pod: uid.to_owned(),
                 name: name.to_owned(),
                 adopt: self.config.adopt,
@@ -340,18 +344,20 @@ impl State {
     pub fn poll_operations(&mut self, now: Instant) -> Vec<Operation> {
         let mut operations = Vec::new();
         let usable = self.lxcfs_usable(now);
-        for (id, c) in &mut self.containers {
+        let pods = &self.pods;
+        self.containers.settle();
+        self.containers.for_each_active(|id, c| {
             let waits = c.retry.is_some_and(|(_, at)| at > now) || (c.waits_for_lxcfs() && !usable);
             if !c.needs_reconcile() || waits {
-                continue;
+                return;
             }
-            let Some(pod) = self.pods.get(&c.pod) else { continue };
+            let Some(pod) = pods.get(&c.pod) else { return };
             let with_lxcfs = usable && (c.needs_lxcfs() || c.adopt);
             c.in_flight = Some(InFlight { desired: c.desired, with_lxcfs, dirty: false });
             let name = format!("{}/{}/{}", pod.pod.namespace, pod.pod.name, c.name);
             let (id, desired, pid) = (id.clone(), c.desired, c.pid);
             operations.push(Operation { id, desired, name, pid, with_lxcfs });
-        }
+        });
         operations
     }
 
@@ -373,7 +379,7 @@ impl State {
                 }
             }
         };
-        self.containers.values().filter_map(due).min()
+        self.containers.active().filter_map(due).min()
     }
 
     /// Whether an operation on the container is in flight or starts soon: a blocked start waits for
@@ -430,7 +436,7 @@ impl State {
 
     /// Queues every container again. A view that is as desired stays.
     pub fn resync(&mut self) {
-        self.containers.values_mut().for_each(|c| c.applied = None);
+        self.containers.all_mut().for_each(|c| c.applied = None);
     }
 
     /// The events since the last call.
@@ -469,26 +475,30 @@ impl State {
 
     /// Whether every view is as desired, or waits for a retry.
     pub fn is_idle(&self) -> bool {
-        self.containers
-            .values()
-            .all(|c| c.in_flight.is_none() && (!c.needs_reconcile() || c.waits_for_retry()))
+        let waits = |c: &Container| c.in_flight.is_none() && c.waits_for_retry();
+        self.containers.active().all(|c| c.is_at_rest() || waits(c))
     }
 
     /// The number of operations in flight.
     pub fn in_flight(&self) -> usize {
-        self.containers.values().filter(|c| c.in_flight.is_some()).count()
+        self.containers.active().filter(|c| c.in_flight.is_some()).count()
     }
 
     /// Turns the reports of pods without an operation in flight into events.
     fn flush_reports(&mut self) {
+        let reported: Vec<&mut PodState> =
+            self.pods.values_mut().filter(|pod| !pod.report.is_empty()).collect();
+        if reported.is_empty() {
+            return;
+        }
         let in_flight = self
             .containers
-            .values()
+            .active()
             .filter(|c| c.in_flight.is_some() && c.reported_error.is_none());
         let busy: HashSet<&str> = in_flight.map(|c| c.pod.as_str()).collect();
-        for (uid, pod) in &mut self.pods {
-            if !busy.contains(uid.as_str()) {
-                self.events.extend(std::mem::take(&mut pod.report).into_events(&pod.pod));
+        for PodState { pod, report, .. } in reported {
+            if !busy.contains(pod.uid.as_str()) {
+                self.events.extend(std::mem::take(report).into_events(pod));
             }
         }
     }

@@ -377,25 +377,32 @@ fn selinux_of_node(host_root: &HostRoot) -> Check {
         .open(Path::new("/sys/fs/selinux/enforce"))
         .and_then(|file| std::fs::read_to_string(host_root::by_descriptor(&file)));
     let context = std::fs::read_to_string("/proc/self/attr/current");
-    let is_enforcing = enforce.is_ok_and(|text| text.trim() == "1");
-    selinux(is_enforcing, context.as_deref().unwrap_or_default())
+    selinux(enforce.ok().as_deref(), context.as_deref().unwrap_or_default())
 }
 
-/// Decides by the node's mode and this process's context, `USER:ROLE:TYPE:LEVEL`.
-fn selinux(is_enforcing: bool, context: &str) -> Check {
+/// Decides by the content of the node's `enforce`, if this process can read it, and by its context.
+/// With SELinux, that is `USER:ROLE:TYPE:LEVEL`; SELinux may be what keeps it from reading.
+fn selinux(enforce: Option<&str>, context: &str) -> Check {
     const NAME: &str = "selinux";
-    if !is_enforcing {
-        return ok(NAME, "not in enforcing mode");
-    }
     let context = context.trim_end_matches(['\0', '\n']);
-    let own_type = context.split(':').nth(2).unwrap_or("unknown");
+    let fields: Vec<&str> = context.split(':').collect();
+    let own_type = match fields[..] {
+        [user, _, own_type, ..] if !user.is_empty() => Some(own_type),
+        _ => None,
+    };
+    let mode = match (enforce.map(str::trim), own_type) {
+        (Some("1"), _) => "enforcing",
+        (None, Some(_)) => "its mode is not readable",
+        _ => return ok(NAME, "not in enforcing mode"),
+    };
+    let own_type = own_type.unwrap_or("unknown");
     if UNCONFINED_TYPES.contains(&own_type) {
-        ok(NAME, format!("enforcing; the type {own_type} is not restricted"))
+        ok(NAME, format!("{mode}; the type {own_type} is not restricted"))
     } else {
         warn(
             NAME,
             format!(
-                "enforcing; the type {own_type} may be denied to mount and to connect to the \
+                "{mode}; the type {own_type} may be denied to mount and to connect to the \
                  runtime; in a pod set the type spc_t, as presets/selinux.yaml of the chart does"
             ),
         )
@@ -468,14 +475,29 @@ mod tests {
     #[test]
     fn selinux_type_is_checked_in_enforcing_mode() {
         use Verdict::{Ok, Warn};
-        for (is_enforcing, context, expected, detail) in [
-            (false, "system_u:system_r:container_t:s0:c1,c2\0", Ok, "not in enforcing"),
-            (true, "system_u:system_r:container_t:s0:c1,c2\0", Warn, "container_t may be denied"),
-            (true, "system_u:system_r:spc_t:s0\0", Ok, "spc_t is not restricted"),
-            (true, "system_u:system_r:super_t:s0\n", Ok, "super_t is not restricted"),
-            (true, "", Warn, "the type unknown"),
+        for (enforce, context, expected, detail) in [
+            (Some("0"), "system_u:system_r:container_t:s0:c1,c2\0", Ok, "not in enforcing"),
+            (
+                Some("1"),
+                "system_u:system_r:container_t:s0:c1,c2\0",
+                Warn,
+                "container_t may be denied",
+            ),
+            (
+                None,
+                "system_u:system_r:container_t:s0\0",
+                Warn,
+                "its mode is not readable; the type",
+            ),
+            (Some("1"), "system_u:system_r:spc_t:s0\0", Ok, "spc_t is not restricted"),
+            (Some("1\n"), "system_u:system_r:super_t:s0\n", Ok, "super_t is not restricted"),
+            (Some("1"), "", Warn, "the type unknown"),
+            // Other security modules.
+            (None, "", Ok, "not in enforcing"),
+            (None, "cri-containerd.apparmor.d (enforce)\n", Ok, "not in enforcing"),
+            (None, ":pods://profile (enforce)\n", Ok, "not in enforcing"),
         ] {
-            let check = selinux(is_enforcing, context);
+            let check = selinux(enforce, context);
             assert_eq!(check.verdict, expected, "{context}");
             assert!(check.detail.contains(detail), "{context}: {}", check.detail);
         }

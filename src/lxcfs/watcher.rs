@@ -31,8 +31,8 @@ const READ_ONLY_LONG_INTERVAL: Duration = Duration::from_secs(30);
 const READ_ONLY_SOON: Duration = Duration::from_secs(60);
 /// The pause after a search for the process of lxcfs that did not reach every process.
 const SEARCH_AGAIN: Duration = Duration::from_secs(10);
-/// On a busy node mounts change all the time; the table is read at most this often.
-const DEBOUNCE: Duration = Duration::from_millis(50);
+/// On a busy node mounts change all the time; they are noticed at most this often.
+const DEBOUNCE: Duration = Duration::from_millis(200);
 
 /// A change of the serving lxcfs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +59,10 @@ pub enum NoticedBy {
 /// The kernel's notification that our mount table changed.
 #[derive(Debug)]
 pub struct MountTableWatch {
-    table: AsyncFd<OwnedFd>,
+    table: OwnedFd,
+    /// A duplicate of `table` that is watched. None during the debounce, so that no change wakes the
+    /// thread.
+    watched: Option<AsyncFd<OwnedFd>>,
     last_change: Instant,
 }
 
@@ -72,20 +75,29 @@ impl MountTableWatch {
             OFlags::RDONLY | OFlags::CLOEXEC,
             Mode::empty(),
         )?;
-        let table = sys::async_fd(table, Interest::PRIORITY | Interest::ERROR)?;
-        Ok(MountTableWatch { table, last_change: Instant::now() })
+        let watched = Some(watch(&table)?);
+        Ok(MountTableWatch { table, watched, last_change: Instant::now() })
     }
 
-    /// Waits until the table changed since the last call. Cancel safe.
+    /// Waits until the table may have changed since the last call. Cancel safe.
     pub async fn changed(&mut self) {
-        // poll(2) returns POLLERR and POLLPRI when the table changed since the last call (proc(5)).
-        let ready = self.table.ready(Interest::PRIORITY | Interest::ERROR).await;
-        tokio::time::sleep_until(self.last_change + DEBOUNCE).await;
-        if let Ok(mut ready) = ready {
-            ready.clear_ready();
+        if let Some(watched) = &self.watched {
+            let _ = watched.ready(Interest::PRIORITY | Interest::ERROR).await;
+            self.watched = None;
+        } else {
+            tokio::time::sleep_until(self.last_change + DEBOUNCE).await;
+            // A change during the debounce is not seen by `ready`: to register the descriptor takes
+            // note of it (epoll_ctl(2) polls once), and only later ones are reported.
+            self.watched = watch(&self.table).ok();
         }
         self.last_change = Instant::now();
     }
+}
+
+/// Watches a mount table: poll(2) returns POLLERR and POLLPRI when it changed since the last poll
+/// (proc(5)).
+fn watch(table: &OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    sys::async_fd(table.try_clone()?, Interest::PRIORITY | Interest::ERROR)
 }
 
 /// Watches the lxcfs at one path.

@@ -94,6 +94,9 @@ struct Queue {
     urgent: VecDeque<Job>,
     jobs: VecDeque<Job>,
     closed: bool,
+    /// The reserved threads that wait for a job, and those of them that have been notified.
+    waiting_reserved: usize,
+    notified_reserved: usize,
 }
 
 impl std::fmt::Debug for Pool {
@@ -214,11 +217,11 @@ impl Pool {
         let mut queue = self.queue();
         let jobs = if urgent { &mut queue.urgent } else { &mut queue.jobs };
         jobs.push_back(job);
+        // One thread is woken, not one of each kind: that costs as much as a mount.
+        let reserved = urgent && queue.waiting_reserved > queue.notified_reserved;
+        queue.notified_reserved += usize::from(reserved);
         drop(queue);
-        self.ready.notify_one();
-        if urgent {
-            self.urgent_ready.notify_one();
-        }
+        if reserved { self.urgent_ready.notify_one() } else { self.ready.notify_one() }
     }
 
     /// Replaces a thread that hangs.
@@ -259,10 +262,6 @@ impl Pool {
     fn next_job(&self, kind: ThreadKind) -> Option<Job> {
         let mut queue = self.queue();
         loop {
-            let ready = match kind {
-                ThreadKind::Any => &self.ready,
-                ThreadKind::Reserved => &self.urgent_ready,
-            };
             let mut job = queue.urgent.pop_front();
             if kind == ThreadKind::Any {
                 job = job.or_else(|| queue.jobs.pop_front());
@@ -270,7 +269,15 @@ impl Pool {
             if job.is_some() || queue.closed {
                 return job;
             }
-            queue = ready.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            if kind == ThreadKind::Any {
+                queue = self.ready.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            } else {
+                queue.waiting_reserved += 1;
+                queue = self.urgent_ready.wait(queue).unwrap_or_else(PoisonError::into_inner);
+                queue.waiting_reserved -= 1;
+                // A thread may wake without a notification, which is then left for another.
+                queue.notified_reserved = queue.notified_reserved.saturating_sub(1);
+            }
         }
     }
 

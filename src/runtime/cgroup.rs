@@ -3,7 +3,8 @@
 
 use std::{
     collections::HashMap,
-    io,
+    fs::File,
+    io::{self, Read},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -108,7 +109,7 @@ fn scan() -> io::Result<HashMap<ContainerId, i64>> {
             continue;
         };
         // A process may exit at any moment; then it belongs to no container.
-        let Ok(cgroup) = std::fs::read(format!("/proc/{pid}/cgroup")) else { continue };
+        let Ok(cgroup) = read(pid) else { continue };
         let Some(id) = container_of_cgroup(&cgroup) else { continue };
         let Ok(stat) = procfs::process::Process::new(pid).and_then(|p| p.stat()) else { continue };
         // The container's first process is the one that started first: `exec`ed ones come later.
@@ -118,13 +119,21 @@ fn scan() -> io::Result<HashMap<ContainerId, i64>> {
     Ok(first.into_iter().map(|(id, (_, pid))| (id, pid)).collect())
 }
 
+/// The cgroups of a process (cgroups(7)): usually with one read, for which the kernel makes the
+/// whole text each time.
+fn read(pid: i32) -> io::Result<Vec<u8>> {
+    let mut text = Vec::with_capacity(4096);
+    File::open(format!("/proc/{pid}/cgroup"))?.read_to_end(&mut text)?;
+    Ok(text)
+}
+
 /// Verifies that `process` belongs to this container now.
 ///
 /// # Errors
 /// [`Error::CgroupMismatch`] when its cgroup does not name the container, or it has exited.
 pub fn verify_cgroup(process: &Process, id: &ContainerId) -> Result<(), Error> {
     let pid = i64::from(process.pid());
-    let cgroup = std::fs::read(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let cgroup = read(process.pid()).unwrap_or_default();
     // It is alive after the read, so the text was its own.
     if !process.is_alive() {
         return Err(ProcessError::NotFound(pid).into());
@@ -155,7 +164,7 @@ pub fn guest_kernel_process(pid: i32) -> Option<&'static str> {
 
 /// The container that a process belongs to, if its cgroup names one.
 pub fn container_of_process(pid: i32) -> Option<ContainerId> {
-    container_of_cgroup(&std::fs::read(format!("/proc/{pid}/cgroup")).ok()?)
+    container_of_cgroup(&read(pid).ok()?)
 }
 
 /// The path components of all lines `hierarchy:controllers:path`.

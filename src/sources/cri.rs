@@ -6,14 +6,14 @@
 use std::{
     collections::HashMap,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use k8s_cri::v1::{
     ContainerEventResponse, ContainerEventType, ContainerState, PodSandboxMetadata,
     PodSandboxStatus,
 };
-use tokio::sync::mpsc::Sender;
+use tokio::sync::{mpsc::Sender, watch};
 
 use crate::{
     model::{
@@ -37,6 +37,9 @@ const EARLY_LISTS: [Duration; 3] =
 const LIST_RETRY: Backoff = Backoff::new(Duration::from_secs(1), LIST_INTERVAL);
 /// The delay before events are requested again.
 const EVENTS_RETRY: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(30));
+
+/// How long after the start of a stream the events come that the runtime has kept for it.
+const KEPT_EVENTS: Duration = Duration::from_secs(10);
 
 /// Lists the pod sandboxes periodically until the receiver is dropped.
 pub async fn watch(cri: CriClient, updates: Sender<Update>, metrics: Arc<Metrics>) {
@@ -102,12 +105,27 @@ pub async fn list_pods_or_none(cri: &CriClient) -> Vec<Pod> {
 }
 
 /// Reports starts and stops of containers from the runtime's events (`GetContainerEvents`), until
-/// the receiver is dropped. A runtime without events, as containerd before 1.7, is queried once.
-pub async fn watch_events(cri: CriClient, updates: Sender<Update>) {
+/// the receiver is dropped. While NRI is connected, which reports the same, there is no stream: the
+/// runtime describes the whole pod in each of several events of a start. A runtime without events,
+/// as containerd before 1.7, is queried once.
+pub async fn watch_events(
+    cri: CriClient,
+    updates: Sender<Update>,
+    mut nri_connected: watch::Receiver<bool>,
+) {
     let mut delays = EVENTS_RETRY.start();
     while !updates.is_closed() {
+        if *nri_connected.borrow() {
+            tracing::debug!("NRI is connected, container events are not received");
+            until(&mut nri_connected, false).await;
+            delays.reset();
+        }
         let started = Instant::now();
-        match forward_events(&cri, &updates).await {
+        let forwarded = tokio::select! {
+            forwarded = forward_events(&cri, &updates) => forwarded,
+            () = until(&mut nri_connected, true) => continue,
+        };
+        match forwarded {
             // CRI-O without evented PLEG closes every stream immediately.
             Ok(NextEvent::Event(_) | NextEvent::Closed) => {}
             Ok(NextEvent::Unsupported) => {
@@ -120,12 +138,23 @@ pub async fn watch_events(cri: CriClient, updates: Sender<Update>) {
         if started.elapsed() > EVENTS_RETRY.longest {
             delays.reset();
         }
-        tokio::time::sleep(delays.next_delay()).await;
+        tokio::select! {
+            () = tokio::time::sleep(delays.next_delay()) => {}
+            () = until(&mut nri_connected, true) => {}
+        }
+    }
+}
+
+/// Waits until NRI is connected, or not. It never is again once its task has ended.
+async fn until(nri_connected: &mut watch::Receiver<bool>, wanted: bool) {
+    if nri_connected.wait_for(|connected| *connected == wanted).await.is_err() && wanted {
+        std::future::pending().await
     }
 }
 
 /// Forwards one stream of events to its end.
 async fn forward_events(cri: &CriClient, updates: &Sender<Update>) -> Result<NextEvent, Error> {
+    let (started, opened) = (Instant::now(), SystemTime::now());
     let mut stream = cri.events().await?;
     // Containers that started while no stream was open. Listed beside the stream, and again until
     // the subscription is live on a loaded node too: no response confirms it.
@@ -148,7 +177,10 @@ async fn forward_events(cri: &CriClient, updates: &Sender<Update>) -> Result<Nex
         loop {
             match stream.next().await? {
                 NextEvent::Event(event) => {
-                    if let Some(update) = update(*event)
+                    // Not later: the clock may be set back.
+                    let may_be_old = started.elapsed() < KEPT_EVENTS;
+                    if !(may_be_old && is_from_before(&event, opened))
+                        && let Some(update) = update(*event)
                         && updates.send(update).await.is_err()
                     {
                         return Ok(NextEvent::Closed);
@@ -206,6 +238,13 @@ fn into_pod(
     }
 }
 
+/// Whether an event is from before this time, which a runtime kept because no client received it:
+/// containerd does for 5 minutes. The lists beside the stream have what it led to.
+fn is_from_before(event: &ContainerEventResponse, opened: SystemTime) -> bool {
+    let created = Duration::from_nanos(event.created_at.try_into().unwrap_or(0));
+    !created.is_zero() && SystemTime::UNIX_EPOCH + created < opened
+}
+
 /// Converts an event of a container. Sandboxes have events too, without a container's status, which
 /// are ignored.
 fn update(event: ContainerEventResponse) -> Option<Update> {
@@ -219,7 +258,7 @@ fn update(event: ContainerEventResponse) -> Option<Update> {
     let status =
         event.containers_statuses.into_iter().find(|status| status.id == event.container_id)?;
     let PodSandboxStatus { metadata, labels, annotations, .. } = event.pod_sandbox_status?;
-    // An old event may come late: a runtime keeps those that no client has received.
+    // The event may have waited for the stream.
     if kind != ContainerEventType::ContainerStartedEvent
         || status.state != ContainerState::ContainerRunning as i32
     {
@@ -235,6 +274,18 @@ fn update(event: ContainerEventResponse) -> Option<Update> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn kept_events_are_from_before_the_stream() {
+        let opened = SystemTime::UNIX_EPOCH + Duration::from_secs(100);
+        let is_old = |created_at| {
+            is_from_before(&ContainerEventResponse { created_at, ..Default::default() }, opened)
+        };
+        let second = 1_000_000_000;
+        // A runtime may send no time.
+        let times = [-1, 0, 1, 99 * second, 100 * second, 101 * second, i64::MAX];
+        assert_eq!(times.map(is_old), [false, false, true, true, false, false, false]);
+    }
 
     #[test]
     fn early_lists_come_after_1_3_and_10_seconds() {

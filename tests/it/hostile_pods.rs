@@ -240,7 +240,8 @@ fn late_start_names_its_pod_in_log_event_and_metric() {
             pid: u32::try_from(container.pid()).unwrap(),
             ..Default::default()
         };
-        let start = ttrpc::ContainerRequest { pod: Some(pod), container: Some(app) };
+        let start =
+            ttrpc::ContainerRequest { pod: Some(pod.encode_to_vec().into()), container: Some(app) };
         let elapsed = runtime.call("StartContainer", &start);
         assert!(elapsed >= Duration::from_millis(100), "{elapsed:?}");
         release.join().unwrap();

@@ -3,7 +3,7 @@
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
 
 use kube_lxcfs::{
-    lxcfs::{Error, Finder, SharedLxcfs},
+    lxcfs::{Error, Finder, MountTableWatch, SharedLxcfs},
     mount::Workers,
 };
 use nix::sys::signal::Signal;
@@ -177,6 +177,33 @@ fn supervisor_killed_with_its_lxcfs_exits() {
         send(pid, Signal::SIGKILL);
         send(fake, Signal::SIGKILL);
         eventually_true("it exits", || lxcfs.supervisor.child.try_wait().unwrap().is_some());
+    });
+}
+
+/// To register a descriptor with epoll(7) takes note of a change, and does not report it.
+#[test]
+fn mount_table_changes_in_a_row_are_noticed() {
+    isolated(|| {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().to_str().unwrap();
+        let run = |name: &str, args: &[&str]| {
+            let done = program(name).args(args).output().unwrap();
+            assert!(done.status.success(), "{args:?}: {}", stderr(&done));
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut watch = MountTableWatch::new().unwrap();
+            for change in 0..6 {
+                // Each second one soon after the first, which was noticed.
+                if change % 2 == 0 {
+                    run("mount", &["-t", "tmpfs", "none", at]);
+                } else {
+                    run("umount", &[at]);
+                }
+                let noticed = tokio::time::timeout(DEADLINE, watch.changed()).await;
+                noticed.unwrap_or_else(|_| panic!("change {change} is not noticed"));
+            }
+        });
     });
 }
 

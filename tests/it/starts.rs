@@ -1,6 +1,13 @@
 //! What a container's first instruction sees: NRI, the runtime's events.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs,
+    net::Shutdown,
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -254,6 +261,91 @@ fn without_nri_cri_events_trigger_injection() {
         }
         for more in 1..=5 {
             pods.reasons(&format!("pod-{}", n + more), &["LxcfsInjected"]);
+        }
+    });
+}
+
+/// A proxy of the runtime's NRI socket, which ends the plugin's connections when it is dropped.
+struct NriProxy {
+    path: PathBuf,
+    connections: Arc<Mutex<Vec<UnixStream>>>,
+}
+
+impl NriProxy {
+    fn start(path: &Path, runtime: &str) -> NriProxy {
+        let listener = UnixListener::bind(path).unwrap();
+        let (runtime, connections) = (runtime.to_owned(), Arc::default());
+        let proxy = NriProxy { path: path.to_owned(), connections };
+        let connections = proxy.connections.clone();
+        std::thread::spawn(move || {
+            for plugin in listener.incoming().map(Result::unwrap) {
+                let runtime = UnixStream::connect(&runtime).unwrap();
+                for (mut from, mut to) in [(&plugin, &runtime), (&runtime, &plugin)]
+                    .map(|(from, to)| (from.try_clone().unwrap(), to.try_clone().unwrap()))
+                {
+                    std::thread::spawn(move || {
+                        let _ = std::io::copy(&mut from, &mut to);
+                        let _ = to.shutdown(Shutdown::Both);
+                    });
+                }
+                connections.lock().unwrap().extend([plugin, runtime]);
+            }
+        });
+        proxy
+    }
+}
+
+impl Drop for NriProxy {
+    fn drop(&mut self) {
+        fs::remove_file(&self.path).unwrap();
+        let connections = self.connections.lock().unwrap();
+        connections.iter().for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
+    }
+}
+
+/// While NRI is connected, no stream of events is open. Without it, events lead to views again.
+#[test]
+fn cri_events_are_received_while_nri_is_not_connected() {
+    isolated(|| {
+        let (lxcfs, containerd, pods) =
+            (Lxcfs::start(), Containerd::of(Release::Trixie, true), Pods::start());
+        let dir = tempfile::tempdir().unwrap();
+        let (cri, nri) = (containerd.endpoint(), dir.path().join("nri.sock"));
+        let args = ["--node-name", "n1", "--cri-endpoint", &cri, "--lxcfs-path", lxcfs.path()];
+        let args = [&args[..], &["--nri-socket", nri.to_str().unwrap()]].concat();
+        let kubeconfig = pods.kubeconfig();
+        let env = [("KUBECONFIG", kubeconfig.to_str().unwrap())];
+        let agent = agent(dir.path(), &args, &env);
+        ready(&agent);
+        let not_received = "NRI is connected, container events are not received";
+        let by = |trigger: &str| {
+            metric(&agent, &format!("injection_latency_seconds_count{{trigger=\"{trigger}\"}}"))
+        };
+        // Nobody writes the containers' ids to the API server.
+        let has_view = |name: &str| {
+            let spec = PodSpec { name, annotations: &[INJECT], containers: &["app"] };
+            let uid = pods.create(name, json!({"kube-lxcfs.io/inject": "true"}));
+            let pod = containerd.run_with_uid(&spec, &uid);
+            has_views(name, containerd.pid(&pod.containers["app"]), ALWAYS.len());
+        };
+        for round in 1..=2 {
+            let proxy = NriProxy::start(&nri, &containerd.nri_socket());
+            registered(&agent, round);
+            eventually_true("the stream of events ends", || {
+                agent.logged(&[("message", not_received)]) >= round
+            });
+            let before = (by("nri"), by("cri"));
+            has_view(&format!("nri-{round}"));
+            eventually_true("one view by NRI", || {
+                (by("nri"), by("cri")) == (before.0 + 1.0, before.1)
+            });
+            drop(proxy);
+            eventually_true("NRI is lost", || metric(&agent, "nri_connected") == 0.0);
+            let before = (by("nri"), by("cri"));
+            has_view(&format!("cri-{round}"));
+            eventually_true("one view by events", || {
+                (by("nri"), by("cri")) == (before.0, before.1 + 1.0)
+            });
         }
     });
 }

@@ -9,6 +9,8 @@ cell_runtime='' cell_sets=''
 # shellcheck source=/dev/null
 . /payload/cell.sh
 
+# Whether the node's security module is SELinux; otherwise it is AppArmor.
+has_selinux=$(grep -ow security=selinux /proc/cmdline)
 failed=0
 seen=
 known=
@@ -140,8 +142,8 @@ versions() {
     seen="kernel $kernel, systemd $(systemctl --version | sed -n '1s/systemd \([0-9]*\).*/\1/p')"
     seen+=", containerd $(containerd --version | cut -d' ' -f3), $cell_runtime $runtime"
     seen+=", lxcfs $lxcfs"
-    is "file system of /sys/fs/cgroup" cgroup2 "$(findmnt -n -o FSTYPE /sys/fs/cgroup)" &&
-        is AppArmor Y "$(cat /sys/module/apparmor/parameters/enabled)"
+    is "file system of /sys/fs/cgroup" cgroup2 "$(findmnt -n -o FSTYPE /sys/fs/cgroup)" || return
+    [ -n "$has_selinux" ] || is AppArmor Y "$(cat /sys/module/apparmor/parameters/enabled)"
 }
 
 # lxcfs starts, and the node's cgroup2 mount keeps its options: lxcfs 6.0.4 changes them, and the
@@ -157,12 +159,15 @@ supervisor_keeps_cgroup_options() {
 }
 cgroup_options_are() { [ "$(cgroup_options)" = "$1" ]; }
 
-# A container without a view, before the agent runs. AppArmor confines it.
+# A container without a view, before the agent runs. AppArmor or SELinux confines it.
 opted_out_pod_starts() {
+    local confined='cri-containerd.apparmor.d (enforce)'
+    [ -z "$has_selinux" ] || confined='system_u:system_r:container_t:s0:c*'
     run_pod opted-out --memory 64 || return
     opted_out_table=$(mount_table opted-out)
-    seen=$(in_pod opted-out cat /proc/1/attr/current)
-    [ -n "$opted_out_table" ] && [ "$seen" = "cri-containerd.apparmor.d (enforce)" ]
+    seen=$(in_pod opted-out cat /proc/1/attr/current | tr -d '\0')
+    # shellcheck disable=SC2053 # a pattern
+    [ -n "$opted_out_table" ] && [[ $seen == $confined ]]
 }
 
 agent_is_ready() { start_agent; }
@@ -570,16 +575,25 @@ images_have_programs() {
         is "lxcfs of cgroup version 2" 7.0.0 "$(version_in lxcfs $lib/cgroup2/lxcfs)"
 }
 
-# The agent's image, with the privileges and the seccomp profile of the chart, for all that follows.
+# The agent's image, with the privileges of the chart, and its seccomp and AppArmor profiles, or the
+# type of its preset for SELinux, for all that follows.
 agent_image_runs() {
-    local drop_in=/run/systemd/system/kube-lxcfs-agent.service.d pid
+    local drop_in=/run/systemd/system/kube-lxcfs-agent.service.d pid confined
+    confined=apparmor=kube-lxcfs-agent
+    if [ -n "$has_selinux" ]; then
+        confined=label=type:spc_t
+    else
+        apparmor_parser -r /payload/apparmor-agent || return
+    fi
+    [ -n "${sandbox[reader-0]-}" ] || run_readers || return
     mkdir -p $drop_in
     cat >$drop_in/image.conf <<UNIT
 [Service]
 ExecStart=
 ExecStart=/usr/bin/podman run --rm --replace --name agent --read-only --network host --pid host \
     --cap-drop all --cap-add SYS_ADMIN,SYS_CHROOT,SYS_PTRACE \
-    --security-opt seccomp=/payload/seccomp-agent.json --security-opt apparmor=unconfined \
+    --security-opt seccomp=/payload/seccomp-agent.json \
+    --security-opt $confined \
     --volume /var/lib:/var/lib:rslave --env KUBE_LXCFS_HOST_ROOT=/proc/1/root \
     docker-archive:/payload/images/agent.tar agent --pods-from cri --listen 127.0.0.1:9808
 UNIT
@@ -587,7 +601,47 @@ UNIT
     systemctl restart kube-lxcfs-agent && wait_for 120 is_ready || return
     pid=$(pgrep -f '^/usr/bin/kube-lxcfs agent')
     is "seccomp mode" 2 "$(awk '/^Seccomp:/ { print $2 }' "/proc/$pid/status")" || return
+    seen=$(tr -d '\0' <"/proc/$pid/attr/current")
+    case $seen in
+    'kube-lxcfs-agent (enforce)' | system_u:system_r:spc_t:*) ;;
+    *) return 1 ;;
+    esac
     wait_for 60 all_current && first_read_is_own && running_agent_removes_undesired_view
+}
+
+# --- SELinux ------------------------------------------------------------------------------------
+
+# Debian's policy keeps containerd and runc from starting containers, unlike container-selinux: its
+# domain of these is permissive. Those of containers, of lxcfs and of kube-lxcfs are not.
+selinux_is_enforced() {
+    echo '(typepermissive dockerd_t)' >/root/runtime.cil
+    semodule -i /root/runtime.cil && setenforce 1 || return
+    seen=$(getenforce)
+    is "type of containerd" dockerd_t "$(ps -o label= -C containerd | cut -d: -f3)" &&
+        is mode Enforcing "$seen"
+}
+
+# check_as TYPE: the line of SELinux, from the agent's image in a container of this type.
+check_as() {
+    podman run --rm --pid host --cap-add SYS_PTRACE --security-opt "label=type:$1" \
+        --env KUBE_LXCFS_HOST_ROOT=/proc/1/root \
+        docker-archive:/payload/images/agent.tar check 2>&1 | grep ' selinux '
+}
+check_names_restricted_type() {
+    local restricted unrestricted
+    restricted=$(check_as container_t)
+    unrestricted=$(check_as spc_t)
+    seen="$restricted; $unrestricted"
+    [[ $restricted == 'warn  selinux '*' the type container_t may be denied to mount '* ]] &&
+        [[ $unrestricted == 'ok    selinux '*'enforcing; the type spc_t is not restricted' ]]
+}
+
+selinux_denies_nothing() {
+    local denied
+    is mode Enforcing "$(getenforce)" || return
+    denied=$(journalctl --no-pager -o cat | grep 'avc: .*denied.* permissive=0')
+    seen=$(head -n 3 <<<"$denied")
+    [ -z "$denied" ]
 }
 
 # --- the end ------------------------------------------------------------------------------------
@@ -635,6 +689,9 @@ declare -A sets=(
         supervisor_is_killed supervisor_is_restarted agent_is_killed containerd_is_restarted'
     [images]='images_have_programs agent_image_runs lxcfs_is_killed'
     [end]='uninstall_leaves_nothing apparmor_denies_nothing'
+    [selinux]='selinux_is_enforced'
+    [selinux-end]='check_names_restricted_type supervisor_is_restarted uninstall_leaves_nothing
+        selinux_denies_nothing'
     [host]='versions host_managed_lxcfs_serves opted_out_pod_starts agent_is_ready check_command
         first_read_is_own cpus_are_quota_without_cfs readers_have_views
         host_managed_lxcfs_is_restarted host_managed_lxcfs_is_killed

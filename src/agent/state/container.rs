@@ -61,6 +61,11 @@ impl Container {
         self.in_flight.is_none() && !reached
     }
 
+    /// Whether no operation is in flight or to start.
+    pub(super) fn is_at_rest(&self) -> bool {
+        self.in_flight.is_none() && !self.needs_reconcile()
+    }
+
     /// Whether an operation needs the serving lxcfs; a removal does not.
     pub(super) fn needs_lxcfs(&self) -> bool {
         !matches!(self.desired, DesiredView::Absent | DesiredView::Unmanaged)

@@ -79,7 +79,7 @@ impl State {
         let has_view = |desired: Option<DesiredView>| {
             desired.is_some_and(|desired| desired != DesiredView::Absent)
         };
-        for c in self.containers.values_mut() {
+        for c in self.containers.all_mut() {
             if c.adopt
                 || c.needs_lxcfs()
                 || has_view(c.applied)
@@ -99,6 +99,6 @@ impl State {
         let skips = |c: &Container| {
             c.skips_writable || c.in_flight.is_some_and(|operation| operation.with_lxcfs)
         };
-        self.containers.values_mut().filter(|c| skips(c)).for_each(Container::requeue);
+        self.containers.all_mut().filter(|c| skips(c)).for_each(Container::requeue);
     }
 }

@@ -110,7 +110,7 @@ fn changed_labels_of_pod_and_namespace_take_effect() {
         labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
         ..pod("p", None, [Some(1), None])
     };
-    let desired = |state: &State| state.containers[&id(1)].desired;
+    let desired = |state: &State| state.containers.get(&id(1)).unwrap().desired;
     let all = DesiredView::Exactly(FileSet::ALL);
     // Over NRI, before the watch.
     let sandbox = Pod { containers: Vec::new(), ..with(&[("app", "web")]) };
@@ -533,7 +533,11 @@ fn container_stopped_before_the_watch_is_removed() {
     state.completed(&id(3), Completion::NotRunning, now);
     state.update(Update::ContainerStopped(id(3)), now);
     assert_eq!(state.poll_timeout(), None);
-    assert!(state.pods.is_empty() && state.containers.is_empty() && state.unconfirmed.is_empty());
+    assert!(
+        state.pods.is_empty()
+            && state.containers.iter().next().is_none()
+            && state.unconfirmed.is_empty()
+    );
 }
 
 /// An input, in any order.

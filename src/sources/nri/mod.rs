@@ -23,7 +23,7 @@ use prost::Message as _;
 use rustix::fs::inotify;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, Interest},
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
 };
 
 use self::{
@@ -105,7 +105,16 @@ pub struct BlockedStart {
 pub struct Outputs {
     pub starts: mpsc::Sender<BlockedStart>,
     pub updates: mpsc::Sender<Update>,
+    /// Whether the plugin is registered.
+    pub connected: watch::Sender<bool>,
     pub metrics: Arc<Metrics>,
+}
+
+impl Outputs {
+    fn set_connected(&self, connected: bool) {
+        self.connected.send_replace(connected);
+        self.metrics.set_nri_connected(connected);
+    }
 }
 
 /// A socket of the node.
@@ -129,7 +138,7 @@ pub async fn run(socket: &Socket, required: bool, outputs: Outputs) -> Result<()
         let started = Instant::now();
         let mut registered = false;
         let Err(error) = session(socket, &outputs, &mut registered, &mut outage).await;
-        outputs.metrics.set_nri_connected(false);
+        outputs.set_connected(false);
         if outputs.updates.is_closed() {
             return Ok(());
         }
@@ -231,7 +240,7 @@ async fn session(
                         *registered = true;
                         tracing::info!(nri = "registered", "NRI plugin registered");
                         outage.recovered("NRI is available again");
-                        outputs.metrics.set_nri_connected(true);
+                        outputs.set_connected(true);
                     }
                 }
                 large |= calls.len() > MAX_KEPT_BYTES;
@@ -361,7 +370,8 @@ mod tests {
     }
 
     fn start(method: &str) -> (&str, Vec<u8>) {
-        let pod = Some(ttrpc::PodSandbox { id: "p".into(), uid: "u".into(), ..Default::default() });
+        let pod = ttrpc::PodSandbox { id: "p".into(), uid: "u".into(), ..Default::default() };
+        let pod = Some(pod.encode_to_vec().into());
         let container = Some(ttrpc::Container {
             id: "c".into(),
             name: "app".into(),
@@ -394,7 +404,8 @@ mod tests {
         let socket = dir.path().join("nri.sock");
         let listener = tokio::net::UnixListener::bind(&socket).unwrap();
         let ((starts, blocked), (updates, _)) = (mpsc::channel(1), mpsc::channel(1));
-        let outputs = Outputs { starts, updates, metrics: Arc::default() };
+        let (connected, _) = watch::channel(false);
+        let outputs = Outputs { starts, updates, connected, metrics: Arc::default() };
         tokio::spawn(async move { run(&at(&socket), true, outputs).await });
         (Runtime::accept(&listener, request_timeout).await, blocked)
     }
@@ -435,7 +446,8 @@ mod tests {
         let listener = tokio::net::UnixListener::bind(&socket).unwrap();
         let ((starts, mut blocked), (updates, mut received)) = (mpsc::channel(4), mpsc::channel(4));
         let metrics: Arc<Metrics> = Arc::default();
-        let outputs = Outputs { starts, updates, metrics: metrics.clone() };
+        let (connected, nri) = watch::channel(false);
+        let outputs = Outputs { starts, updates, connected, metrics: metrics.clone() };
         let plugin = tokio::spawn(async move { run(&at(&socket), true, outputs).await });
         let mut runtime = Runtime::accept(&listener, 600).await;
         for (method, payload) in [start("StateChange"), start("StartContainer")] {
@@ -474,6 +486,7 @@ mod tests {
         }
         let text = metrics.text(Format::Prometheus);
         assert!(text.contains("kube_lxcfs_nri_connected 1\n"), "{text}");
+        assert!(*nri.borrow());
         // Unknown calls are no errors. The containers that exist come in parts.
         runtime.call("PostStartSomething", &ConfigureRequest::default()).await;
         runtime.reply().await;

@@ -125,17 +125,20 @@ impl<'a> PluginService<'a> {
     fn event(
         &self,
         event: i32,
-        sandbox: Option<ttrpc::PodSandbox>,
+        sandbox: Option<Bytes>,
         container: Option<ttrpc::Container>,
         reply: Message,
     ) -> BoxFuture<'a, Message> {
-        let (Some(sandbox), Some(container)) = (sandbox, container) else { return ready(reply) };
+        let Some(container) = container else { return ready(reply) };
         match event {
-            // It has no process on this node's kernel.
-            event::START_CONTAINER if guest_kernel(&sandbox.runtime_handler).is_some() => {
-                ready(reply)
-            }
             event::START_CONTAINER => {
+                let Some(Ok(sandbox)) = sandbox.map(ttrpc::PodSandbox::decode) else {
+                    return ready(reply);
+                };
+                // It has no process on this node's kernel.
+                if guest_kernel(&sandbox.runtime_handler).is_some() {
+                    return ready(reply);
+                }
                 let Some(container) = started_container(into_pod(sandbox), container) else {
                     return ready(reply);
                 };

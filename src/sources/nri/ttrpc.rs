@@ -212,8 +212,9 @@ pub struct SynchronizeResponse {
 pub struct StateChangeEvent {
     #[prost(int32, tag = "1")]
     pub event: i32,
-    #[prost(message, optional, tag = "2")]
-    pub pod: Option<PodSandbox>,
+    /// A [`PodSandbox`], which only a start needs.
+    #[prost(bytes = "bytes", optional, tag = "2")]
+    pub pod: Option<Bytes>,
     #[prost(message, optional, tag = "3")]
     pub container: Option<Container>,
 }
@@ -221,8 +222,9 @@ pub struct StateChangeEvent {
 /// The form in which newer runtimes report an event: a call named after it.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub struct ContainerRequest {
-    #[prost(message, optional, tag = "1")]
-    pub pod: Option<PodSandbox>,
+    /// As in [`StateChangeEvent`].
+    #[prost(bytes = "bytes", optional, tag = "1")]
+    pub pod: Option<Bytes>,
     #[prost(message, optional, tag = "2")]
     pub container: Option<Container>,
 }
