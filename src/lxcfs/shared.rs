@@ -9,9 +9,9 @@ use std::{
 use super::{Error, Finder, finder::Found, mounted_at};
 use crate::mount::{LxcfsFiles, Workers};
 
-/// How long a supervised lxcfs that responded counts as responding. The containers of a pod start
-/// within such a time, and its supervisor takes longer to notice that it hangs.
-const RESPONDED: Duration = Duration::from_millis(250);
+/// How long a supervised lxcfs that responded counts as responding: less than its supervisor takes
+/// to notice that it hangs. On a busy node, starts follow each other within such a time.
+const RESPONDED: Duration = Duration::from_secs(2);
 
 /// Opens the view files of the serving lxcfs for the first of concurrent users, and closes them
 /// with the last: an open descriptor keeps the lxcfs mount busy. Those of a supervised lxcfs are
