@@ -27,8 +27,8 @@ use harness::*;
 
 const FIRST: &str =
     "head -1 /proc/meminfo; cut -d' ' -f1 /proc/uptime; cat /sys/devices/system/cpu/online";
-/// How long the containers whose start is timed wait before they read: lxcfs and the reader would use
-/// the CPUs while the runtime still starts the container.
+/// How long the containers whose start is timed wait before they read: lxcfs and the reader would
+/// use the CPUs while the runtime still starts the container.
 const WAIT: &str = "sleep 0.1; ";
 /// How many pods in a turn read first, and are not timed.
 const FIRST_READS: usize = 5;

@@ -436,8 +436,8 @@ async fn states(
     states.chain(at_path).collect()
 }
 
-/// The state of the worst file of each view of the node. Leaves out namespaces that only threads are
-/// in: to search those too takes twice as long. `at_path` as for [`status`].
+/// The state of the worst file of each view of the node. Leaves out namespaces that only threads
+/// are in: to search those too takes twice as long. `at_path` as for [`status`].
 ///
 /// # Errors
 /// Fails if `/proc` cannot be listed.

@@ -3,11 +3,7 @@
 use std::{collections::HashMap, net::SocketAddr, process::ExitCode, sync::Arc};
 
 use anyhow::{Context, Result, anyhow, bail};
-use tokio::{
-    net::TcpListener,
-    sync::{mpsc, watch},
-    task::JoinSet,
-};
+use tokio::{net::TcpListener, sync::mpsc, task::JoinSet};
 
 use super::{check, unsupported, workers};
 use crate::{
@@ -88,12 +84,10 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
         }
     };
     let cri_is_used = common.pid_from != PidSource::Proc || args.pods_from == PodSource::Cri;
-    let (nri_connected_tx, nri_connected) = watch::channel(false);
+    let nri_outputs = nri::Outputs::new(blocked_starts_tx, updates_tx.clone(), metrics.clone());
     if args.cri_events == CriEvents::Auto && cri_is_used {
-        watchers.spawn(
-            "the watch of CRI events",
-            cri::watch_events(cri.clone(), updates_tx.clone(), nri_connected),
-        );
+        let events = cri::watch_events(cri.clone(), updates_tx, nri_outputs.subscribe());
+        watchers.spawn("the watch of CRI events", events);
     }
     let version = env!("CARGO_PKG_VERSION");
     tracing::info!(version, lxcfs = %lxcfs_path.display(), "agent started");
@@ -128,15 +122,9 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
             adopt: args.adopt,
         }),
         adopt: args.adopt,
-        metrics: metrics.clone(),
-    };
-    let nri_socket = nri::Socket { host_root: common.host_root, path: args.nri_socket };
-    let nri_outputs = nri::Outputs {
-        starts: blocked_starts_tx,
-        updates: updates_tx,
-        connected: nri_connected_tx,
         metrics,
     };
+    let nri_socket = nri::Socket { host_root: common.host_root, path: args.nri_socket };
     let inputs = Inputs { updates, lxcfs_changes, blocked_starts, snapshot_requests };
     tokio::select! {
         stopped = agent::run(dependencies, inputs) => stopped?,

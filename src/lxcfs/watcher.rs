@@ -60,8 +60,8 @@ pub enum NoticedBy {
 #[derive(Debug)]
 pub struct MountTableWatch {
     table: OwnedFd,
-    /// A duplicate of `table` that is watched. None during the debounce, so that no change wakes the
-    /// thread.
+    /// A duplicate of `table` that is watched. None during the debounce, so that no change wakes
+    /// the thread.
     watched: Option<AsyncFd<OwnedFd>>,
     last_change: Instant,
 }

@@ -148,7 +148,7 @@ pub async fn watch_events(
 /// Waits until NRI is connected, or not. It never is again once its task has ended.
 async fn until(nri_connected: &mut watch::Receiver<bool>, wanted: bool) {
     if nri_connected.wait_for(|connected| *connected == wanted).await.is_err() && wanted {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 }
 

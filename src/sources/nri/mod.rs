@@ -106,11 +106,24 @@ pub struct Outputs {
     pub starts: mpsc::Sender<BlockedStart>,
     pub updates: mpsc::Sender<Update>,
     /// Whether the plugin is registered.
-    pub connected: watch::Sender<bool>,
+    connected: watch::Sender<bool>,
     pub metrics: Arc<Metrics>,
 }
 
 impl Outputs {
+    pub fn new(
+        starts: mpsc::Sender<BlockedStart>,
+        updates: mpsc::Sender<Update>,
+        metrics: Arc<Metrics>,
+    ) -> Outputs {
+        Outputs { starts, updates, connected: watch::Sender::new(false), metrics }
+    }
+
+    /// Whether the plugin is registered, from now on.
+    pub fn subscribe(&self) -> watch::Receiver<bool> {
+        self.connected.subscribe()
+    }
+
     fn set_connected(&self, connected: bool) {
         self.connected.send_replace(connected);
         self.metrics.set_nri_connected(connected);
@@ -404,8 +417,7 @@ mod tests {
         let socket = dir.path().join("nri.sock");
         let listener = tokio::net::UnixListener::bind(&socket).unwrap();
         let ((starts, blocked), (updates, _)) = (mpsc::channel(1), mpsc::channel(1));
-        let (connected, _) = watch::channel(false);
-        let outputs = Outputs { starts, updates, connected, metrics: Arc::default() };
+        let outputs = Outputs::new(starts, updates, Arc::default());
         tokio::spawn(async move { run(&at(&socket), true, outputs).await });
         (Runtime::accept(&listener, request_timeout).await, blocked)
     }
@@ -446,8 +458,8 @@ mod tests {
         let listener = tokio::net::UnixListener::bind(&socket).unwrap();
         let ((starts, mut blocked), (updates, mut received)) = (mpsc::channel(4), mpsc::channel(4));
         let metrics: Arc<Metrics> = Arc::default();
-        let (connected, nri) = watch::channel(false);
-        let outputs = Outputs { starts, updates, connected, metrics: metrics.clone() };
+        let outputs = Outputs::new(starts, updates, metrics.clone());
+        let nri = outputs.subscribe();
         let plugin = tokio::spawn(async move { run(&at(&socket), true, outputs).await });
         let mut runtime = Runtime::accept(&listener, 600).await;
         for (method, payload) in [start("StateChange"), start("StartContainer")] {
