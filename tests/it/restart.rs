@@ -539,7 +539,8 @@ fn files_are_held_of_a_supervised_lxcfs_only() {
             assert_eq!(lxcfs.acquire().await.lxcfs.unwrap().files.len(), ALWAYS.len());
             assert_eq!(open_files(&host_managed.path), 0, "umount would fail");
             let lxcfs = shared(&supervised.path);
-            let later = || std::thread::sleep(Duration::from_millis(300));
+            // Longer than a response counts.
+            let later = || std::thread::sleep(Duration::from_millis(2200));
             for _ in 0..2 {
                 let acquired = lxcfs.acquire().await;
                 assert!(acquired.searched, "it may hang by now");
