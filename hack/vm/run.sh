@@ -18,7 +18,7 @@ lxcfs-6         trixie    trixie      trixie    runc    begin values kinds end
 crun            trixie    trixie      sid       crun    begin values kinds end
 lxcfs.service   trixie    trixie      sid       runc    host
 images          trixie    trixie      sid       runc    begin images end
-selinux         trixie    trixie      sid       runc    selinux begin values images selinux-end
+selinux         trixie    trixie      sid       runc    selinux begin selinux-end
 gvisor          trixie    trixie      sid       runc    begin gvisor end
 kernel-5.10     trixie    bullseye    sid       runc    all
 arm64           trixie    trixie      sid       runc    begin values kinds failures images end

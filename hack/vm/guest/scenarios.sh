@@ -41,6 +41,12 @@ is() {
     return 1
 }
 
+# make_shared DIR: a directory that containers may write to.
+make_shared() {
+    mkdir -p "$1" || return
+    [ -z "$has_selinux" ] || chcon -t container_file_t "$1"
+}
+
 kernel_at_least() { printf '%s\n%s\n' "$1" "$(uname -r)" | sort -CV; }
 lxcfs_major() { lxcfs --version 2>&1 | grep -o '[0-9]' | head -n 1; }
 cgroup_options() { findmnt -n -o OPTIONS -t cgroup2 /sys/fs/cgroup; }
@@ -57,7 +63,7 @@ read_files=(/proc/cpuinfo /proc/diskstats /proc/loadavg /proc/meminfo /proc/stat
 
 run_readers() {
     local name
-    mkdir -p /run/readers
+    make_shared /run/readers
     install /payload/reader /run/readers/reader
     for name in "${readers[@]}"; do
         run_pod "$name" --memory $reader_mib --volume /run/readers:/out "$opt_in" -- \
@@ -138,7 +144,9 @@ versions() {
     local kernel lxcfs runtime
     kernel=$(uname -r)
     lxcfs=$(lxcfs --version 2>&1 | grep -o '[0-9.]*' | head -n 1)
-    runtime=$("$cell_runtime" --version 2>&1 | head -n 1 | grep -o '[0-9][^ ]*' | head -n 1)
+    # With SELinux in enforcing mode, runc outside of containerd prints nothing.
+    runtime=$("$cell_runtime" --version 2>/dev/null || dpkg-query -W -f '${Version}' "$cell_runtime")
+    runtime=$(head -n 1 <<<"$runtime" | grep -o '[0-9][^ ]*' | head -n 1)
     seen="kernel $kernel, systemd $(systemctl --version | sed -n '1s/systemd \([0-9]*\).*/\1/p')"
     seen+=", containerd $(containerd --version | cut -d' ' -f3), $cell_runtime $runtime"
     seen+=", lxcfs $lxcfs"
@@ -182,7 +190,7 @@ check_command() {
 # The view is there before the first instruction.
 first_read_is_own() {
     local n first own=0 count=5
-    mkdir -p /run/first
+    make_shared /run/first
     for ((n = 0; n < count; n++)); do
         # shellcheck disable=SC2016 # for the shell in the container
         run_pod "first-$n" --memory 50 --volume /run/first:/out "$opt_in" -- \
@@ -427,7 +435,7 @@ first_read_of() {
 compare_first_read() {
     local first user expected=$1
     shift
-    mkdir -p /run/first
+    make_shared /run/first
     # A user namespace has other users.
     chmod 1777 /run/first
     rm -f /run/first/kind
@@ -575,16 +583,10 @@ images_have_programs() {
         is "lxcfs of cgroup version 2" 7.0.0 "$(version_in lxcfs $lib/cgroup2/lxcfs)"
 }
 
-# The agent's image, with the privileges of the chart, and its seccomp and AppArmor profiles, or the
-# type of its preset for SELinux, for all that follows.
+# The agent's image, with the privileges and the profiles of the chart, for all that follows.
 agent_image_runs() {
-    local drop_in=/run/systemd/system/kube-lxcfs-agent.service.d pid confined
-    confined=apparmor=kube-lxcfs-agent
-    if [ -n "$has_selinux" ]; then
-        confined=label=type:spc_t
-    else
-        apparmor_parser -r /payload/apparmor-agent || return
-    fi
+    local drop_in=/run/systemd/system/kube-lxcfs-agent.service.d pid
+    apparmor_parser -r /payload/apparmor-agent || return
     [ -n "${sandbox[reader-0]-}" ] || run_readers || return
     mkdir -p $drop_in
     cat >$drop_in/image.conf <<UNIT
@@ -593,7 +595,7 @@ ExecStart=
 ExecStart=/usr/bin/podman run --rm --replace --name agent --read-only --network host --pid host \
     --cap-drop all --cap-add SYS_ADMIN,SYS_CHROOT,SYS_PTRACE \
     --security-opt seccomp=/payload/seccomp-agent.json \
-    --security-opt $confined \
+    --security-opt apparmor=kube-lxcfs-agent \
     --volume /var/lib:/var/lib:rslave --env KUBE_LXCFS_HOST_ROOT=/proc/1/root \
     docker-archive:/payload/images/agent.tar agent --pods-from cri --listen 127.0.0.1:9808
 UNIT
@@ -601,18 +603,14 @@ UNIT
     systemctl restart kube-lxcfs-agent && wait_for 120 is_ready || return
     pid=$(pgrep -f '^/usr/bin/kube-lxcfs agent')
     is "seccomp mode" 2 "$(awk '/^Seccomp:/ { print $2 }' "/proc/$pid/status")" || return
-    seen=$(tr -d '\0' <"/proc/$pid/attr/current")
-    case $seen in
-    'kube-lxcfs-agent (enforce)' | system_u:system_r:spc_t:*) ;;
-    *) return 1 ;;
-    esac
+    is AppArmor 'kube-lxcfs-agent (enforce)' "$(cat "/proc/$pid/attr/current")" || return
     wait_for 60 all_current && first_read_is_own && running_agent_removes_undesired_view
 }
 
 # --- SELinux ------------------------------------------------------------------------------------
 
 # Debian's policy keeps containerd and runc from starting containers, unlike container-selinux: its
-# domain of these is permissive. Those of containers, of lxcfs and of kube-lxcfs are not.
+# type for these is permissive. Those of containers, of lxcfs and of kube-lxcfs are not.
 selinux_is_enforced() {
     echo '(typepermissive dockerd_t)' >/root/runtime.cil
     semodule -i /root/runtime.cil && setenforce 1 || return
@@ -621,19 +619,17 @@ selinux_is_enforced() {
         is mode Enforcing "$seen"
 }
 
-# check_as TYPE: the line of SELinux, from the agent's image in a container of this type.
-check_as() {
-    podman run --rm --pid host --cap-add SYS_PTRACE --security-opt "label=type:$1" \
-        --env KUBE_LXCFS_HOST_ROOT=/proc/1/root \
-        docker-archive:/payload/images/agent.tar check 2>&1 | grep ' selinux '
-}
-check_names_restricted_type() {
-    local restricted unrestricted
-    restricted=$(check_as container_t)
-    unrestricted=$(check_as spc_t)
-    seen="$restricted; $unrestricted"
-    [[ $restricted == 'warn  selinux '*' the type container_t may be denied to mount '* ]] &&
-        [[ $unrestricted == 'ok    selinux '*'enforcing; the type spc_t is not restricted' ]]
+# `check` with the type of the chart's preset, which privileged containers have, and with that of
+# units.
+check_names_type() {
+    local preset units
+    run_pod checker --privileged true --volume /:/host || return
+    preset=$(in_pod checker chroot /host /usr/bin/kube-lxcfs check 2>&1 | grep ' selinux ')
+    remove_pod checker
+    units=$(kube-lxcfs check 2>&1 | grep ' selinux ')
+    seen="$preset; $units"
+    [[ $preset == 'ok    selinux '*'enforcing; the type spc_t is not restricted' ]] &&
+        [[ $units == 'warn  selinux '*'enforcing; the type initrc_t may be denied '* ]]
 }
 
 selinux_denies_nothing() {
@@ -690,8 +686,8 @@ declare -A sets=(
     [images]='images_have_programs agent_image_runs lxcfs_is_killed'
     [end]='uninstall_leaves_nothing apparmor_denies_nothing'
     [selinux]='selinux_is_enforced'
-    [selinux-end]='check_names_restricted_type supervisor_is_restarted uninstall_leaves_nothing
-        selinux_denies_nothing'
+    [selinux-end]='readers_have_views lxcfs_is_killed supervisor_is_restarted
+        check_names_type uninstall_leaves_nothing selinux_denies_nothing'
     [host]='versions host_managed_lxcfs_serves opted_out_pod_starts agent_is_ready check_command
         first_read_is_own cpus_are_quota_without_cfs readers_have_views
         host_managed_lxcfs_is_restarted host_managed_lxcfs_is_killed
