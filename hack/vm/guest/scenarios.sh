@@ -145,7 +145,8 @@ versions() {
     kernel=$(uname -r)
     lxcfs=$(lxcfs --version 2>&1 | grep -o '[0-9.]*' | head -n 1)
     # With SELinux in enforcing mode, runc outside of containerd prints nothing.
-    runtime=$("$cell_runtime" --version 2>/dev/null || dpkg-query -W -f '${Version}' "$cell_runtime")
+    runtime=$("$cell_runtime" --version 2>/dev/null) ||
+        runtime=$(dpkg-query -W -f '${Version}' "$cell_runtime")
     runtime=$(head -n 1 <<<"$runtime" | grep -o '[0-9][^ ]*' | head -n 1)
     seen="kernel $kernel, systemd $(systemctl --version | sed -n '1s/systemd \([0-9]*\).*/\1/p')"
     seen+=", containerd $(containerd --version | cut -d' ' -f3), $cell_runtime $runtime"
@@ -592,7 +593,8 @@ agent_image_runs() {
     cat >$drop_in/image.conf <<UNIT
 [Service]
 ExecStart=
-ExecStart=/usr/bin/podman run --rm --replace --name agent --read-only --network host --pid host \
+ExecStart=/usr/bin/podman run --rm --replace --name agent --read-only \
+    --read-only-tmpfs=false --network host --pid host \
     --cap-drop all --cap-add SYS_ADMIN,SYS_CHROOT,SYS_PTRACE \
     --security-opt seccomp=/payload/seccomp-agent.json \
     --security-opt apparmor=kube-lxcfs-agent \
