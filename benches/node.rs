@@ -287,10 +287,10 @@ fn print_minutes(minutes: usize, pid: i32, address: &str, deleted: &AtomicUsize)
         verdict(most <= MAX_RSS_MIB)
     );
     let mean = cpu.iter().sum::<f64>() / cpu.len() as f64;
+    let most = cpu.iter().copied().fold(0.0, f64::max);
     println!(
-        "{mean:.2} % of a core (goal {MAX_CPU_PERCENT}: {}), at most {:.2} % in a minute",
-        verdict(mean <= MAX_CPU_PERCENT),
-        cpu.iter().copied().fold(0.0, f64::max)
+        "{mean:.2} % of a core, at most {most:.2} % in a minute (goal {MAX_CPU_PERCENT}: {})",
+        verdict(most <= MAX_CPU_PERCENT)
     );
     // Of the second half: caches of the allocator fill in the first minutes.
     let slope = slope(&rss[rss.len() / 2..]);

@@ -10,7 +10,8 @@ use super::{Error, Finder, finder::Found, mounted_at};
 use crate::mount::{LxcfsFiles, Workers};
 
 /// How long a supervised lxcfs that responded counts as responding: less than its supervisor takes
-/// to notice that it hangs. On a busy node, starts follow each other within such a time.
+/// to notice that it hangs (by default, `--watchdog` is 5 s). On a busy node, starts follow each
+/// other within such a time.
 const RESPONDED: Duration = Duration::from_secs(2);
 
 /// Opens the view files of the serving lxcfs for the first of concurrent users, and closes them

@@ -190,8 +190,7 @@ fn mount_table_changes_in_a_row_are_noticed() {
             let done = program(name).args(args).output().unwrap();
             assert!(done.status.success(), "{args:?}: {}", stderr(&done));
         };
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
+        crate::hostile_mounts::runtime().block_on(async {
             let mut watch = MountTableWatch::new().unwrap();
             for change in 0..6 {
                 // Each second one soon after the first, which was noticed.

@@ -26,6 +26,27 @@ fn cri_agent(dir: &Path, containerd: &Containerd, lxcfs: &str, more: &[&str]) ->
     agent(dir, &[&args, more].concat(), &[])
 }
 
+/// The agent of a node with an API server.
+fn kubernetes_agent(dir: &Path, lxcfs: &str, pods: &Pods, more: &[&str]) -> Running {
+    let kubeconfig = pods.kubeconfig();
+    let args = [&["--node-name", "n1", "--lxcfs-path", lxcfs], more].concat();
+    agent(dir, &args, &[("KUBECONFIG", kubeconfig.to_str().unwrap())])
+}
+
+/// Runs a pod without its container's id at the API server, which nobody writes there. Returns the
+/// container's pid.
+fn run_unposted(containerd: &Containerd, pods: &Pods, name: &str) -> i32 {
+    let spec = PodSpec { name, annotations: &[INJECT], containers: &["app"] };
+    let uid = pods.create(name, json!({"kube-lxcfs.io/inject": "true"}));
+    let pod = containerd.run_with_uid(&spec, &uid);
+    containerd.pid(&pod.containers["app"])
+}
+
+/// The number of views whose first report came from this source.
+fn injected_by(agent: &Running, trigger: &str) -> f64 {
+    metric(agent, &format!("injection_latency_seconds_count{{trigger=\"{trigger}\"}}"))
+}
+
 /// Waits until the agent's plugin was registered this many times.
 fn registered(agent: &Running, times: usize) {
     eventually("the plugin is registered", || match agent.logged(&[("nri", "registered")]) {
@@ -199,11 +220,10 @@ fn without_cri_nri_gives_the_pids() {
         let (lxcfs, containerd, pods) =
             (Lxcfs::start(), Containerd::of(Release::Sid, true), Pods::start());
         let dir = tempfile::tempdir().unwrap();
-        let (kubeconfig, nri) = (pods.kubeconfig(), containerd.nri_socket());
-        let args = ["--node-name", "n1", "--lxcfs-path", lxcfs.path(), "--nri-socket", &nri];
+        let nri = containerd.nri_socket();
         let no_cri = ["--pid-from", "proc", "--cri-endpoint", "unix:///run/none.sock"];
-        let env = [("KUBECONFIG", kubeconfig.to_str().unwrap())];
-        let agent = agent(dir.path(), &[&args[..], &no_cri].concat(), &env);
+        let more = [&["--nri-socket", &nri], &no_cri[..]].concat();
+        let agent = kubernetes_agent(dir.path(), lxcfs.path(), &pods, &more);
         registered(&agent, 1);
         ready(&agent);
         for name in ["a", "b", "c"] {
@@ -224,20 +244,10 @@ fn without_nri_cri_events_trigger_injection() {
         let (lxcfs, containerd, pods) =
             (Lxcfs::start(), Containerd::of(Release::Trixie, false), Pods::start());
         let dir = tempfile::tempdir().unwrap();
-        let cri = containerd.endpoint();
-        let args = ["--node-name", "n1", "--cri-endpoint", &cri, "--lxcfs-path", lxcfs.path()];
-        let kubeconfig = pods.kubeconfig();
-        let env = [("KUBECONFIG", kubeconfig.to_str().unwrap())];
-        let agent = agent(dir.path(), &args, &env);
+        let more = ["--cri-endpoint", &containerd.endpoint()];
+        let agent = kubernetes_agent(dir.path(), lxcfs.path(), &pods, &more);
         ready(&agent);
-        // Nobody writes the containers' ids to the API server, so that only events lead to views.
-        let run = |n: usize| {
-            let name = format!("pod-{n}");
-            let spec = PodSpec { name: &name, annotations: &[INJECT], containers: &["app"] };
-            let uid = pods.create(&name, json!({"kube-lxcfs.io/inject": "true"}));
-            let pod = containerd.run_with_uid(&spec, &uid);
-            containerd.pid(&pod.containers["app"])
-        };
+        let run = |n: usize| run_unposted(&containerd, &pods, &format!("pod-{n}"));
         // Events reach the agent from some moment after its start.
         let mut n = 0;
         eventually("the first event arrives", || {
@@ -246,18 +256,14 @@ fn without_nri_cri_events_trigger_injection() {
             std::thread::sleep(Duration::from_secs(2));
             (!views(&mountinfo(pid)).is_empty()).then_some(()).ok_or_else(|| agent.log())
         });
-        let injected = || metric(&agent, "injection_latency_seconds_count{trigger=\"cri\"}");
-        let before = injected();
+        let before = injected_by(&agent, "cri");
         for more in 1..=5 {
             has_views("the container", run(n + more), ALWAYS.len());
         }
-        eventually_true("five more views by events", || injected() >= before + 5.0);
+        eventually_true("five more views by events", || injected_by(&agent, "cri") >= before + 5.0);
         for trigger in ["watch", "nri"] {
-            let metric = metric(
-                &agent,
-                &format!("injection_latency_seconds_count{{trigger=\"{trigger}\"}}"),
-            );
-            assert!(metric == 0.0, "{metric} by {trigger}: {}", agent.log());
+            let injected = injected_by(&agent, trigger);
+            assert!(injected == 0.0, "{injected} by {trigger}: {}", agent.log());
         }
         for more in 1..=5 {
             pods.reasons(&format!("pod-{}", n + more), &["LxcfsInjected"]);
@@ -311,22 +317,13 @@ fn cri_events_are_received_while_nri_is_not_connected() {
             (Lxcfs::start(), Containerd::of(Release::Trixie, true), Pods::start());
         let dir = tempfile::tempdir().unwrap();
         let (cri, nri) = (containerd.endpoint(), dir.path().join("nri.sock"));
-        let args = ["--node-name", "n1", "--cri-endpoint", &cri, "--lxcfs-path", lxcfs.path()];
-        let args = [&args[..], &["--nri-socket", nri.to_str().unwrap()]].concat();
-        let kubeconfig = pods.kubeconfig();
-        let env = [("KUBECONFIG", kubeconfig.to_str().unwrap())];
-        let agent = agent(dir.path(), &args, &env);
+        let more = ["--cri-endpoint", &cri, "--nri-socket", nri.to_str().unwrap()];
+        let agent = kubernetes_agent(dir.path(), lxcfs.path(), &pods, &more);
         ready(&agent);
         let not_received = "NRI is connected, container events are not received";
-        let by = |trigger: &str| {
-            metric(&agent, &format!("injection_latency_seconds_count{{trigger=\"{trigger}\"}}"))
-        };
-        // Nobody writes the containers' ids to the API server.
+        let by = |trigger| injected_by(&agent, trigger);
         let has_view = |name: &str| {
-            let spec = PodSpec { name, annotations: &[INJECT], containers: &["app"] };
-            let uid = pods.create(name, json!({"kube-lxcfs.io/inject": "true"}));
-            let pod = containerd.run_with_uid(&spec, &uid);
-            has_views(name, containerd.pid(&pod.containers["app"]), ALWAYS.len());
+            has_views(name, run_unposted(&containerd, &pods, name), ALWAYS.len());
         };
         for round in 1..=2 {
             let proxy = NriProxy::start(&nri, &containerd.nri_socket());
