@@ -80,7 +80,11 @@ if [ ! -e "$policy" ]; then
     chmod +x "$policy"
 fi
 log=$(mktemp)
-install() { apt-get install -y -q --no-install-recommends "${missing[@]}" >"$log" 2>&1; }
+# Another apt-get may be at work.
+wait=(-o DPkg::Lock::Timeout=600)
+install() {
+    apt-get "${wait[@]}" install -y -q --no-install-recommends "${missing[@]}" >"$log" 2>&1
+}
 if ! install; then
     # Usually the package lists are old. An update that fails for one repository is enough.
     apt-get update -q >>"$log" 2>&1 || true
