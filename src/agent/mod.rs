@@ -45,8 +45,10 @@ use crate::{
 /// The limit of concurrent operations. The workers' threads do the mounts.
 const MAX_CONCURRENT: usize = 32;
 /// The interval at which every container is reconciled again, for changes that no source reports:
-/// a container may unmount its own view.
+/// a container may unmount its own view. The containers are spread over [`RESYNC_PARTS`] moments:
+/// those of a full node at once would delay starts.
 const RESYNC: Duration = Duration::from_secs(300);
+const RESYNC_PARTS: u32 = 30;
 /// The delay from the exit of a supervised lxcfs to the agent's sweep. Its supervisor has usually
 /// swept by then.
 const SUPERVISOR_SWEEP_GRACE: Duration = Duration::from_secs(1);
@@ -110,7 +112,9 @@ pub async fn run(dependencies: Dependencies, inputs: Inputs) -> std::io::Result<
     let mut agent = Agent::new(dependencies, tx);
     // An lxcfs may have exited while no agent ran.
     agent.sweep_dead();
-    let mut resync = tokio::time::interval_at((Instant::now() + RESYNC).into(), RESYNC);
+    let part = RESYNC / RESYNC_PARTS;
+    let mut resync = tokio::time::interval_at((Instant::now() + part).into(), part);
+    let mut parts = (0..RESYNC_PARTS).cycle();
     loop {
         agent.dispatch();
         let timeout = agent.state.poll_timeout();
@@ -136,7 +140,7 @@ pub async fn run(dependencies: Dependencies, inputs: Inputs) -> std::io::Result<
             Some(message) = rx.recv() => agent.handle(message),
             () = timer => {}
             _ = resync.tick() => {
-                agent.state.resync();
+                agent.state.resync(parts.next().unwrap_or_default(), RESYNC_PARTS);
                 agent.limiter.prune(Instant::now());
             }
         }

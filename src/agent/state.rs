@@ -434,9 +434,9 @@ impl State {
         self.flush_reports();
     }
 
-    /// Queues every container again. A view that is as desired stays.
-    pub fn resync(&mut self) {
-        self.containers.all_mut().for_each(|c| c.applied = None);
+    /// Queues one of so many parts of the containers again. A view that is as desired stays.
+    pub fn resync(&mut self, part: u32, parts: u32) {
+        self.containers.part_mut(part, parts).for_each(|c| c.applied = None);
     }
 
     /// The events since the last call.

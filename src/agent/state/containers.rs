@@ -1,7 +1,10 @@
 //! The containers of the agent's state, by id. A full node has a thousand, of which few are not at
 //! rest: after an input, only these are looked at.
 
-use std::collections::{HashMap, HashSet};
+use std::{
+    collections::{HashMap, HashSet},
+    hash::BuildHasher,
+};
 
 use super::container::Container;
 use crate::model::container_id::ContainerId;
@@ -40,6 +43,22 @@ impl Containers {
     pub(super) fn all_mut(&mut self) -> impl Iterator<Item = &mut Container> {
         self.active.extend(self.all.keys().cloned());
         self.all.values_mut()
+    }
+
+    /// Those of one of so many parts. A container stays in its part.
+    pub(super) fn part_mut(
+        &mut self,
+        part: u32,
+        parts: u32,
+    ) -> impl Iterator<Item = &mut Container> {
+        let hasher = self.all.hasher().clone();
+        let (part, parts) = (u64::from(part), u64::from(parts));
+        let in_part = move |id: &ContainerId| hasher.hash_one(id) % parts == part;
+        let active = &mut self.active;
+        self.all.iter_mut().filter(move |(id, _)| in_part(id)).map(|(id, container)| {
+            active.insert(id.clone());
+            container
+        })
     }
 
     pub(super) fn remove(&mut self, id: &ContainerId) {

@@ -488,6 +488,30 @@ fn start_stays_pending_when_an_earlier_look_up_fails() {
 }
 
 #[test]
+fn resync_queues_every_container_once() {
+    let now = Instant::now();
+    let pods = (0..20).map(|n| pod(&format!("p{n}"), Some("true"), [Some(2 * n), Some(2 * n + 1)]));
+    let mut state = listed(pods.collect());
+    let turn = |state: &mut State| {
+        let operations = state.poll_operations(now);
+        for operation in &operations {
+            state.completed(&operation.id, done([]), now);
+        }
+        ids(&operations)
+    };
+    let all = turn(&mut state);
+    assert_eq!(all.len(), 40);
+    let mut queued = Vec::new();
+    for part in 0..4 {
+        assert_eq!(turn(&mut state), [""; 0]);
+        state.resync(part, 4);
+        queued.extend(turn(&mut state));
+    }
+    queued.sort();
+    assert_eq!(queued, all);
+}
+
+#[test]
 fn late_start_is_reported_to_the_owner() {
     let now = Instant::now();
     let mut state = listed(Vec::new());
