@@ -92,7 +92,9 @@ async fn dispatch(Cli { common, command }: Cli) -> Result<ExitCode> {
     }
 }
 
-/// Starts the threads that enter containers, after a check that they can do what is required.
+/// Starts the threads that enter containers, after a check that they can do what is required. More
+/// threads than CPUs are slower: the kernel changes one mount namespace at a time (namespace_sem),
+/// and they would wait for each other.
 fn workers(threads: Option<u16>, purpose: Purpose) -> Result<Workers> {
     raise_descriptor_limit();
     check::require_capabilities()?;

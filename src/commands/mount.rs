@@ -26,10 +26,6 @@ use crate::{
 const STARTUP_WAIT: Duration = Duration::from_secs(5);
 /// The limit of containers that a command changes concurrently.
 const CONCURRENCY: usize = 48;
-/// The number of threads that are added to change several containers. A detach waits for RCU once
-/// for each container, which is time for other work. More threads are slower: the kernel changes
-/// one mount namespace at a time (namespace_sem), and they would wait for each other.
-const MORE_THREADS: usize = 4;
 
 pub(super) async fn mount(
     common: Common,
@@ -189,9 +185,6 @@ async fn apply_and_print(
 ) -> Result<ExitCode> {
     let changing = processes.iter().filter(|(_, outcome)| outcome.is_none()).count();
     if changing > 1 {
-        if let Err(cause) = workers.add(changing.min(MORE_THREADS)) {
-            tracing::warn!(%cause, "failed to start more threads that mount");
-        }
         node::prepare_scratch().await;
     }
     let reconciles = stream::iter(processes).map(|(process, outcome)| {

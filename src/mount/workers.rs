@@ -123,16 +123,8 @@ impl Workers {
         });
         let close = Arc::new(CloseOnDrop(pool.clone()));
         let workers = Workers { pool, urgent: false, _close: close };
-        workers.add(threads.max(1))?;
+        workers.pool.spawn(threads.max(1), ThreadKind::Any)?;
         Ok(workers)
-    }
-
-    /// Starts more threads, for any job.
-    ///
-    /// # Errors
-    /// As [`Workers::start`].
-    pub fn add(&self, threads: usize) -> io::Result<()> {
-        self.pool.spawn(threads, ThreadKind::Any)
     }
 
     /// Starts more threads, for urgent jobs only.
