@@ -332,8 +332,11 @@ fn owner(process: &Process) -> Owner {
 fn candidates(viewed: &[ViewedNamespace], known: impl Fn(Dev) -> bool) -> Vec<Candidate> {
     let mut candidates = Vec::new();
     for ViewedNamespace { process, observed } in viewed {
+        let mut unknown = observed.views().filter(|(_, dev)| !known(*dev)).peekable();
+        if unknown.peek().is_none() {
+            continue;
+        }
         let owner = owner(process);
-        let unknown = observed.views().filter(|(_, dev)| !known(*dev));
         candidates.extend(unknown.map(|(file, dev)| Candidate {
             process: process.clone(),
             owner: owner.clone(),

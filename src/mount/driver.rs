@@ -42,7 +42,7 @@ use crate::{
         Ownership,
         mountinfo::{Dev, MountId, MountTable, ReadError},
         process::Process,
-        statmount::{self, Buffer},
+        statmount::{self, Buffer, Parts},
     },
 };
 
@@ -94,7 +94,7 @@ pub fn reconcile_blocking(
                     lock = entered.try_lock();
                 }
                 let may_change = lock.is_some() || if_locked == IfLocked::Ignore;
-                let (mut observed, mut held) = entered.observe_and_hold(task, limit, fresh)?;
+                let (mut observed, mut held) = entered.observe_and_hold(limit, fresh)?;
                 observed.mark_locked(&locked);
                 let plan = task.plan(&observed);
                 if held.bases.is_empty() {
@@ -281,16 +281,20 @@ impl Held {
     /// Opens the mount on a view file's path again, if it is the one with this id. If it lay on
     /// the base, it must still do so.
     fn open_mount(&self, file: ViewFile, mount: MountId) -> Result<OwnedFd, StepFailure> {
-        let top = open_mount(self.base(file.base())?, file, mount)?;
-        if self.on_base.contains(file) {
-            let mut buffer = Buffer::default();
-            let status = statmount::of(&top, &mut buffer).map_err(|_| StepFailure::Changed)?;
-            let base = self.bases.get(&file.base()).map(|(id, _)| *id);
-            if (status.id, Some(status.parent)) != (mount, base) {
-                return Err(StepFailure::Changed);
-            }
+        let base = self.base(file.base())?;
+        if !self.on_base.contains(file) {
+            return open_mount(base, file, mount);
         }
-        Ok(top)
+        let top = open_top(base, file)?;
+        let mut buffer = Buffer::default();
+        let status = statmount::of(&top, Parts::Basic, &mut buffer);
+        let status = status.map_err(|_| StepFailure::Changed)?;
+        let base = self.bases.get(&file.base()).map(|(id, _)| *id);
+        if (status.id, Some(status.parent)) == (mount, base) {
+            Ok(top)
+        } else {
+            Err(StepFailure::Changed)
+        }
     }
 
     /// The mount on a view file's path, if it is the one with this id.
@@ -324,20 +328,13 @@ impl<'a> EnteredNs<'a> {
         rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).ok().map(|()| file)
     }
 
-    /// Observes the container by path where that is possible, and holds what was opened. If it is
-    /// `fresh`, it can have mounts only on these files.
-    ///
-    /// Tasks for every namespace of the node read the table: the root of one may be a file system
-    /// that does not answer when `/proc` is looked up.
+    /// Observes the container, and holds what was opened. If it is `fresh`, it can have mounts only
+    /// on these files.
     fn observe_and_hold(
         &self,
-        task: &Task,
         limit: TableLimit,
         fresh: FileSet,
     ) -> Result<(ObservedMounts, Held), Error> {
-        let of_container = matches!(task, Task::Reconcile { .. });
-        let by_path =
-            of_container && self.context.statmount && self.process.root() == Path::new("/");
         let on_base = |mounts: &ObservedMounts| -> FileSet {
             let is_on_base = |(file, layers): &(&ViewFile, &Vec<Layer>)| {
                 self.context.statmount && layers.len() == 1 && !mounts.shared.contains(&file.base())
@@ -345,8 +342,8 @@ impl<'a> EnteredNs<'a> {
             mounts.layers.iter().filter(is_on_base).map(|(file, _)| *file).collect()
         };
         let fresh = Some(fresh).filter(|fresh| !fresh.is_empty());
-        let Some(observed) = by_path.then(|| paths::resolve(fresh)).flatten() else {
-            let mounts = self.observe(limit)?;
+        let Some(observed) = self.observe_by_path(fresh) else {
+            let mounts = self.observe_by_table(limit)?;
             let on_base = on_base(&mounts);
             return Ok((mounts, Held { on_base, ..Held::default() }));
         };
@@ -357,8 +354,21 @@ impl<'a> EnteredNs<'a> {
         Ok((mounts, Held { bases, on_base, own, tops }))
     }
 
-    /// Observes the container by its mount table.
+    /// Observes the container.
     pub(super) fn observe(&self, limit: TableLimit) -> Result<ObservedMounts, Error> {
+        match self.observe_by_path(None) {
+            Some(observed) => Ok(observed.mounts),
+            None => self.observe_by_table(limit),
+        }
+    }
+
+    /// `None` if its mount table must be read.
+    fn observe_by_path(&self, fresh: Option<FileSet>) -> Option<paths::Observed> {
+        let by_path = self.context.statmount && self.process.root() == Path::new("/");
+        by_path.then(|| paths::resolve(fresh)).flatten()
+    }
+
+    fn observe_by_table(&self, limit: TableLimit) -> Result<ObservedMounts, Error> {
         let text = self.mountinfo(limit)?;
         let table = self.parse(&text)?;
         let root = self.process.root().as_os_str().as_encoded_bytes();
@@ -630,10 +640,12 @@ impl Detacher {
     fn detach(&mut self, view: &OwnedFd, file: ViewFile) -> Result<(), Errno> {
         if let Some(scratch) = &self.scratch {
             let (name, count) = match file {
-                ViewFile::Cpu => (scratch::directory(self.directories), &mut self.directories),
-                _ => (scratch::file(self.files), &mut self.files),
+                ViewFile::Cpu => {
+                    (scratch::DIRECTORIES.get(self.directories), &mut self.directories)
+                }
+                _ => (scratch::FILES.get(self.files), &mut self.files),
             };
-            let target = name.and_then(|n| open(scratch, &n, ResolveFlags::NO_XDEV).ok());
+            let target = name.and_then(|n| open(scratch, n, ResolveFlags::NO_XDEV).ok());
             // A mount that is locked, or on a shared mount, cannot be moved (EINVAL).
             if target.is_some_and(|t| move_mount(view, &t, MoveMountFlags::empty()).is_ok()) {
                 *count += 1;
@@ -660,13 +672,17 @@ impl Detacher {
     }
 }
 
+/// The type of procfs or sysfs (statfs(2)).
+pub(super) fn magic(base: BaseFs) -> u64 {
+    match base {
+        BaseFs::Procfs => 0x9fa0,
+        BaseFs::Sysfs => 0x6265_6572,
+    }
+}
+
 /// Checks that an open file is on procfs (sysfs).
 pub(super) fn check_fstype(file: &OwnedFd, base: BaseFs) -> io::Result<()> {
-    let expected = match base {
-        BaseFs::Procfs => nix::sys::statfs::PROC_SUPER_MAGIC,
-        BaseFs::Sysfs => nix::sys::statfs::SYSFS_MAGIC,
-    };
-    if rustix::fs::fstatfs(file)?.f_type == expected.0 {
+    if u64::try_from(rustix::fs::fstatfs(file)?.f_type) == Ok(magic(base)) {
         return Ok(());
     }
     Err(io::Error::other(format!("/{} is not {}", base.path(), base.fstype())))
@@ -714,12 +730,16 @@ fn remove(
 /// Opens the mount on a view file's path, if it is the one with this id. Sends its file system no
 /// request.
 fn open_mount(base: &OwnedFd, file: ViewFile, mount: MountId) -> Result<OwnedFd, StepFailure> {
-    let top = open_view(base, file).map_err(|e| match e {
+    let top = open_top(base, file)?;
+    if mount_of(&top)?.id == mount { Ok(top) } else { Err(StepFailure::Changed) }
+}
+
+fn open_top(base: &OwnedFd, file: ViewFile) -> Result<OwnedFd, StepFailure> {
+    open_view(base, file).map_err(|e| match e {
         // A directory above the file was covered in between.
         Errno::XDEV => StepFailure::Changed,
         e => e.into(),
-    })?;
-    if mount_of(&top)?.id == mount { Ok(top) } else { Err(StepFailure::Changed) }
+    })
 }
 
 /// Opens what is mounted on a view file's path. A mount on a directory above the file is not

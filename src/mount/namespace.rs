@@ -23,7 +23,7 @@ use crate::{
     sys::{
         mountinfo::{self, Mount},
         process::Process,
-        statmount::{self, Buffer},
+        statmount::{self, Buffer, Parts},
         syscalls,
     },
 };
@@ -90,7 +90,7 @@ impl WorkerContext {
             })
             .map(|stat| NamespaceId::of(&stat))
             .collect();
-        let statmount = statmount::of(&proc, &mut Buffer::default()).is_ok();
+        let statmount = statmount::of(&proc, Parts::Basic, &mut Buffer::default()).is_ok();
         Ok(WorkerContext {
             own_mntns,
             own_ns,

@@ -12,7 +12,7 @@ use rustix::{
 };
 
 use super::{
-    driver::{open, open_view},
+    driver::{magic, open, open_view},
     observe::{LXCFS_FSTYPE, Mark, kind},
     scratch,
 };
@@ -21,7 +21,7 @@ use crate::{
     plan::{Layer, LayerKind, MountIdentity, ObservedMounts},
     sys::{
         mountinfo::MountId,
-        statmount::{self, Buffer, MountStatus},
+        statmount::{self, Buffer, MountStatus, Parts},
     },
 };
 
@@ -51,9 +51,11 @@ pub(super) fn resolve(fresh: Option<FileSet>) -> Option<Observed> {
             BaseFs::Procfs => "/proc",
             BaseFs::Sysfs => "/sys",
         };
-        let dir = open(CWD, path, ResolveFlags::empty()).ok()?;
-        let mount = statmount::of(&dir, &mut buffer).ok()?;
-        if mount.is_shared || *mount.fstype != *base.fstype().as_bytes() {
+        // The root may be a file system that does not answer a lookup: what is not cached is not
+        // looked up (EAGAIN). A mount point is cached.
+        let dir = open(CWD, path, ResolveFlags::CACHED).ok()?;
+        let mount = statmount::of(&dir, Parts::Basic, &mut buffer).ok()?;
+        if mount.is_shared || mount.fs_magic != magic(base) {
             return None;
         }
         let mount = MountIdentity { id: mount.id, dev: mount.dev };
@@ -63,7 +65,7 @@ pub(super) fn resolve(fresh: Option<FileSet>) -> Option<Observed> {
         observed.mounts.bases.insert(base, mount);
         let files = ViewFile::ALL.into_iter().filter(|file| file.base() == base);
         let files = files.filter(|file| fresh.is_none_or(|fresh| fresh.contains(*file)));
-        observe_files(&mut observed, files, &dir, mount.id, &mut buffer)?;
+        observe_files(&mut observed, files, fresh.is_some(), &dir, mount.id, &mut buffer)?;
         observed.bases.insert(base, dir);
     }
     Some(observed)
@@ -77,12 +79,13 @@ fn is_without_scratch(procfs: &OwnedFd) -> bool {
 fn observe_files(
     observed: &mut Observed,
     files: impl Iterator<Item = ViewFile>,
+    is_fresh: bool,
     dir: &OwnedFd,
     mount: MountId,
     buffer: &mut Buffer,
 ) -> Option<()> {
     // A container has views of most files, or of none: the likely one of two ways is tried first.
-    let mut expects_own = true;
+    let mut expects_own = is_fresh;
     for file in files {
         let own = if expects_own {
             open(dir, file.path_in_base(), ResolveFlags::NO_XDEV)
@@ -98,7 +101,7 @@ fn observe_files(
                     Err(Errno::NOENT | Errno::NOTDIR) => continue,
                     Err(_) => return None,
                 };
-                let status = statmount::of(&top, buffer).ok()?;
+                let status = statmount::of(&top, Parts::All, buffer).ok()?;
                 expects_own = status.id == mount;
                 if expects_own {
                     observed.own.insert(file, top);
@@ -118,12 +121,12 @@ fn observe_files(
 fn kind_of(mount: &MountStatus<'_>, file: ViewFile) -> Option<LayerKind> {
     let fstype = match (mount.fstype, mount.subtype) {
         // Before kernel 6.13 it is not known which.
-        (b"fuse", None) => return None,
-        (b"fuse", Some(b"lxcfs")) => LXCFS_FSTYPE,
-        (fstype, _) => fstype,
+        (Some(b"fuse"), None) => return None,
+        (Some(b"fuse"), Some(b"lxcfs")) => LXCFS_FSTYPE,
+        (fstype, _) => fstype?,
     };
     let mark = Mark::of_attributes(mount.attributes);
-    Some(kind(fstype, mount.root, mount.dev, mark, file))
+    Some(kind(fstype, mount.root?, mount.dev, mark, file))
 }
 
 #[cfg(test)]
@@ -162,7 +165,7 @@ mod tests {
 
     fn kernel_has_it() -> bool {
         let procfs = std::fs::File::open("/proc").unwrap();
-        statmount::of(&procfs, &mut Buffer::default()).is_ok()
+        statmount::of(&procfs, Parts::Basic, &mut Buffer::default()).is_ok()
     }
 
     #[test]

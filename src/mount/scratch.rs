@@ -31,18 +31,11 @@ pub(super) const POINT_IN_PROC: &str = "tty/ldisc";
 pub(super) const SOURCE: &[u8] = b"kube-lxcfs-scratch";
 /// The files and the directories of a scratch mount. Nothing is mounted on a file but a file, and
 /// on a directory but a directory. Mounts for which none is left are detached one by one.
-const FILES: usize = 16;
-const DIRECTORIES: usize = 2;
-
-/// The name of a file of the scratch mount.
-pub(super) fn file(n: usize) -> Option<String> {
-    (n < FILES).then(|| format!("f{n}"))
-}
-
-/// The name of a directory of the scratch mount.
-pub(super) fn directory(n: usize) -> Option<String> {
-    (n < DIRECTORIES).then(|| format!("d{n}"))
-}
+pub(super) const FILES: [&str; 16] = [
+    "f0", "f1", "f2", "f3", "f4", "f5", "f6", "f7", "f8", "f9", "f10", "f11", "f12", "f13", "f14",
+    "f15",
+];
+pub(super) const DIRECTORIES: [&str; 2] = ["d0", "d1"];
 
 /// The scratch mount of this process, in a mount namespace that no process is in. Containers get
 /// clones of it, which share its read-only file system. Its files are empty.
@@ -95,11 +88,11 @@ impl Scratch {
             | MountAttrFlags::MOUNT_ATTR_NODEV
             | MountAttrFlags::MOUNT_ATTR_NOEXEC;
         let root = rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attrs)?;
-        for name in (0..).map_while(file) {
+        for name in FILES {
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::RDONLY | OFlags::CLOEXEC;
             rustix::fs::openat(&root, name, flags, Mode::empty())?;
         }
-        for name in (0..).map_while(directory) {
+        for name in DIRECTORIES {
             // The seccomp profile forbids it: then directories are detached one by one.
             let _ = rustix::fs::mkdirat(&root, name, Mode::empty());
         }

@@ -34,7 +34,7 @@ impl Scan {
     }
 
     fn processes_among(&mut self, pids: impl IntoIterator<Item = i64>) -> Vec<Arc<Process>> {
-        let take = |pid| self.take(&format!("/proc/{pid}"), || Process::open(pid));
+        let take = |pid| self.take(&format!("/proc/{pid}"), || Process::open_any(pid));
         pids.into_iter().filter_map(take).collect()
     }
 

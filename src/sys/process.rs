@@ -43,6 +43,19 @@ impl Process {
     /// # Errors
     /// Fails if there is none, or it is a kernel thread.
     pub fn open(pid: i64) -> Result<Process, ProcessError> {
+        let process = Process::open_any(pid)?;
+        let flags = procfs::process::Process::new(process.pid()).and_then(|p| p.stat());
+        match flags.map(|stat| stat.flags) {
+            Ok(flags) if flags & PF_KTHREAD != 0 => Err(ProcessError::KernelThread(pid)),
+            Ok(_) => Ok(process),
+            Err(_) if !process.is_alive() => Err(ProcessError::NotFound(pid)),
+            Err(e) => Err(ProcessError::Open(pid, io::Error::other(e))),
+        }
+    }
+
+    /// As [`Process::open`], but kernel threads too. They are in the host's mount namespace, which
+    /// is never changed.
+    pub(super) fn open_any(pid: i64) -> Result<Process, ProcessError> {
         let raw =
             i32::try_from(pid).ok().filter(|pid| *pid > 0).ok_or(ProcessError::InvalidPid(pid))?;
         let checked = Pid::from_raw(raw).ok_or(ProcessError::InvalidPid(pid))?;
@@ -56,15 +69,7 @@ impl Process {
                 }
                 e => ProcessError::Open(pid, e.into()),
             })?;
-        let process = Process { pid: checked, handle: pidfd, root: PathBuf::from("/") };
-        let flags =
-            procfs::process::Process::new(raw).and_then(|p| p.stat()).map(|stat| stat.flags);
-        match flags {
-            Ok(flags) if flags & PF_KTHREAD != 0 => Err(ProcessError::KernelThread(pid)),
-            Ok(_) => Ok(process),
-            Err(_) if !process.is_alive() => Err(ProcessError::NotFound(pid)),
-            Err(e) => Err(ProcessError::Open(pid, io::Error::other(e))),
-        }
+        Ok(Process { pid: checked, handle: pidfd, root: PathBuf::from("/") })
     }
 
     /// Opens a thread that is in another mount namespace than its process, to enter that namespace.

@@ -13,8 +13,7 @@ use super::mountinfo::{Dev, MountId};
 /// is never reused.
 pub const STATX_MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
-// The parts that are requested (include/uapi/linux/mount.h). The subtype is known from kernel 6.13
-// on.
+// The parts of a request (include/uapi/linux/mount.h).
 const SB_BASIC: u64 = 0x1;
 const MNT_BASIC: u64 = 0x2;
 const MNT_ROOT: u64 = 0x8;
@@ -25,6 +24,7 @@ const FS_SUBTYPE: u64 = 0x100;
 const MASK: usize = 8;
 const SB_DEV_MAJOR: usize = 16;
 const SB_DEV_MINOR: usize = 20;
+const SB_MAGIC: usize = 24;
 const FS_TYPE_AT: usize = 36;
 const MNT_ID_OLD: usize = 56;
 const MNT_PARENT_ID_OLD: usize = 60;
@@ -48,6 +48,24 @@ impl Default for Buffer {
     }
 }
 
+/// What is asked of a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parts {
+    /// What needs no string, for which the kernel allocates memory: half the time.
+    Basic,
+    All,
+}
+
+impl Parts {
+    fn bits(self) -> u64 {
+        let basic = SB_BASIC | MNT_BASIC;
+        match self {
+            Parts::Basic => basic,
+            Parts::All => basic | MNT_ROOT | FS_TYPE | FS_SUBTYPE,
+        }
+    }
+}
+
 /// A mount of the caller's mount namespace, as [`super::mountinfo::Mount`] has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MountStatus<'b> {
@@ -58,11 +76,14 @@ pub struct MountStatus<'b> {
     pub is_shared: bool,
     /// The `MOUNT_ATTR_*` bits (mount_setattr(2)).
     pub attributes: u64,
-    pub fstype: &'b [u8],
+    /// The type of its file system (statfs(2)).
+    pub fs_magic: u64,
+    /// With [`Parts::All`], as the rest.
+    pub fstype: Option<&'b [u8]>,
     /// `None` if it has none, or the kernel is older than 6.13.
     pub subtype: Option<&'b [u8]>,
     /// The path within its file system that is the root of this mount.
-    pub root: &'b [u8],
+    pub root: Option<&'b [u8]>,
 }
 
 /// Describes the mount that a file is opened in. Its file system is sent no request.
@@ -70,14 +91,13 @@ pub struct MountStatus<'b> {
 /// # Errors
 /// `ENOSYS` before kernel 6.8, and those of statx(2) and statmount(2): `ENOENT` if the mount is no
 /// longer in the caller's mount namespace.
-pub fn of(file: impl AsFd, buffer: &mut Buffer) -> io::Result<MountStatus<'_>> {
+pub fn of(file: impl AsFd, parts: Parts, buffer: &mut Buffer) -> io::Result<MountStatus<'_>> {
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
     let stat = rustix::fs::statx(file, "", flags, STATX_MNT_ID_UNIQUE)?;
     if stat.stx_mask & STATX_MNT_ID_UNIQUE.bits() == 0 {
         return Err(Errno::NOSYS.into());
     }
-    let parts = SB_BASIC | MNT_BASIC | MNT_ROOT | FS_TYPE | FS_SUBTYPE;
-    super::statmount(stat.stx_mnt_id, parts, &mut buffer.0)?;
+    super::statmount(stat.stx_mnt_id, parts.bits(), &mut buffer.0)?;
     parse(&buffer.0).ok_or_else(|| io::Error::other("malformed result of statmount(2)"))
 }
 
@@ -90,20 +110,23 @@ fn parse(buffer: &[u8]) -> Option<MountStatus<'_>> {
         buffer.get(start..)?.split(|b| *b == 0).next()
     };
     let mask = u64_at(MASK)?;
-    let needed = SB_BASIC | MNT_BASIC | MNT_ROOT | FS_TYPE;
+    let needed = Parts::Basic.bits();
     if mask & needed != needed {
         return None;
     }
-    let subtype = if mask & FS_SUBTYPE == 0 { None } else { Some(string_at(FS_SUBTYPE_AT)?) };
+    let string_of = |part: u64, at: usize| {
+        if mask & part == 0 { Some(None) } else { string_at(at).map(Some) }
+    };
     Some(MountStatus {
         id: MountId(u32_at(MNT_ID_OLD)?.into()),
         parent: MountId(u32_at(MNT_PARENT_ID_OLD)?.into()),
         dev: Dev { major: u32_at(SB_DEV_MAJOR)?, minor: u32_at(SB_DEV_MINOR)? },
         is_shared: u64_at(MNT_PROPAGATION)? & libc::MS_SHARED != 0,
         attributes: u64_at(MNT_ATTR)?,
-        fstype: string_at(FS_TYPE_AT)?,
-        subtype,
-        root: string_at(MNT_ROOT_AT)?,
+        fs_magic: u64_at(SB_MAGIC)?,
+        fstype: string_of(FS_TYPE, FS_TYPE_AT)?,
+        subtype: string_of(FS_SUBTYPE, FS_SUBTYPE_AT)?,
+        root: string_of(MNT_ROOT, MNT_ROOT_AT)?,
     })
 }
 
@@ -121,7 +144,7 @@ mod tests {
         let table = MountTable::parse(&text).unwrap();
         for path in ["/proc", "/sys", "/dev"] {
             let file = std::fs::File::open(path).unwrap();
-            let status = match of(&file, &mut buffer) {
+            let status = match of(&file, Parts::All, &mut buffer) {
                 // Before kernel 6.8.
                 Err(e) if e.raw_os_error() == Some(libc::ENOSYS) => return,
                 status => status.unwrap(),
@@ -129,10 +152,14 @@ mod tests {
             let mount = table.top(path.as_bytes()).unwrap();
             assert_eq!((status.id, status.parent, status.dev), (mount.id, mount.parent, mount.dev));
             assert_eq!(status.is_shared, mount.shared.is_some());
-            let fstype = [Some(status.fstype), status.subtype];
+            let fstype = [status.fstype, status.subtype];
             let fstype: Vec<&[u8]> = fstype.into_iter().flatten().collect();
             assert_eq!(fstype.join(&b'.'), *mount.fstype);
-            assert_eq!(status.root, &*mount.root);
+            assert_eq!(status.root, Some(&*mount.root));
+            let basic = of(&file, Parts::Basic, &mut buffer).unwrap();
+            assert_eq!((basic.id, basic.root), (mount.id, None));
+            let fs = rustix::fs::fstatfs(&file).unwrap();
+            assert_eq!(basic.fs_magic, u64::try_from(fs.f_type).unwrap());
         }
     }
 

@@ -155,6 +155,43 @@ fn hanging_mount_above_a_view_stops_neither_umount_nor_sweep() {
     });
 }
 
+/// A thread that enters the container has this root, and looks nothing up in it.
+#[test]
+fn hanging_root_stops_no_pass_over_the_node() {
+    isolated(|| {
+        let mut supervised = Supervised::start(&[]);
+        let (hostile, other) = (Bare::start(), Bare::start());
+        let path = supervised.path().to_owned();
+        let of_other = other.pid.to_string();
+        succeeds(&["mount", "--pid", &of_other, "--lxcfs-path", &path]);
+        let fake = compiled("fuse_fake");
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().to_str().unwrap();
+        let mut command = program("nsenter");
+        command.args(["--target", &hostile.pid.to_string(), "--mount", "--pid"]).arg(fake);
+        command.args(["hang-lookup", "/dev/fuse", at]).arg(format!("mount --bind {at} /"));
+        let fake = Running::start(&mut command, &dir.path().join("fake.log"));
+        eventually_true("the fake is ready", || fake.log().contains("ready"));
+
+        let ended = |args: &[&str]| {
+            let mut command = Running::start(kube_lxcfs().args(args), &dir.path().join("log"));
+            eventually_true("the command ends", || !command.is_running());
+            let log = command.log();
+            assert!(!log.contains("timed out"), "{log}");
+            log
+        };
+        let log = ended(&["status", "--pid-from", "proc", "--lxcfs-path", &path]);
+        assert!(log.contains(&of_other), "{log}");
+        ended(&["umount", "--all"]);
+        assert_eq!(views(&other.mountinfo()), [""; 0]);
+        succeeds(&["mount", "--pid", &of_other, "--lxcfs-path", &path]);
+        let supervisor = &mut supervised.supervisor;
+        supervisor.signal(Signal::SIGTERM);
+        eventually_true("the supervisor ends", || !supervisor.is_running());
+        assert_eq!(views(&other.mountinfo()), [""; 0], "{}", supervisor.log());
+    });
+}
+
 /// A device of another name is not found, so its files are opened: in a process of their own.
 #[test]
 fn hanging_fake_of_a_hidden_device_costs_one_process() {

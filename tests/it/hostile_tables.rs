@@ -8,7 +8,7 @@ use std::{
     time::Instant,
 };
 
-use kube_lxcfs::sys::statmount::{self, Buffer};
+use kube_lxcfs::sys::statmount::{self, Buffer, Parts};
 use nix::{
     fcntl::{Flock, FlockArg},
     mount::{MntFlags, MsFlags},
@@ -77,7 +77,7 @@ fn large_table_is_its_containers_error_alone() {
         let mount = || limited(&["mount", "--pid", &pid, "--lxcfs-path", lxcfs.path()]);
         // From kernel 6.8 on, the table is read only if several mounts lie on a path.
         let procfs = fs::File::open("/proc").unwrap();
-        if statmount::of(&procfs, &mut Buffer::default()).is_ok() {
+        if statmount::of(&procfs, Parts::Basic, &mut Buffer::default()).is_ok() {
             let output = mount();
             assert!(output.status.success(), "{}", stderr(&output));
             let detach = MntFlags::MNT_DETACH;
