@@ -288,7 +288,10 @@ impl Held {
         let top = open_top(base, file)?;
         let mut buffer = Buffer::default();
         let status = statmount::of(&top, Parts::Basic, &mut buffer);
-        let status = status.map_err(|_| StepFailure::Changed)?;
+        let status = status.map_err(|e| match e.raw_os_error() {
+            Some(libc::ENOENT) => StepFailure::Changed,
+            _ => StepFailure::Failed(e),
+        })?;
         let base = self.bases.get(&file.base()).map(|(id, _)| *id);
         if (status.id, Some(status.parent)) == (mount, base) {
             Ok(top)

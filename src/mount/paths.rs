@@ -25,6 +25,10 @@ use crate::{
     },
 };
 
+/// The kernel also gives up a lookup in its caches if any mount of the node changes meanwhile
+/// (`mount_lock`, fs/namei.c).
+const CACHED_TRIES: usize = 8;
+
 /// The mounts of a container, and what was opened of it.
 pub(super) struct Observed {
     pub(super) mounts: ObservedMounts,
@@ -51,9 +55,7 @@ pub(super) fn resolve(fresh: Option<FileSet>) -> Option<Observed> {
             BaseFs::Procfs => "/proc",
             BaseFs::Sysfs => "/sys",
         };
-        // The root may be a file system that does not answer a lookup: what is not cached is not
-        // looked up (EAGAIN). A mount point is cached.
-        let dir = open(CWD, path, ResolveFlags::CACHED).ok()?;
+        let dir = open_cached(path)?;
         let mount = statmount::of(&dir, Parts::Basic, &mut buffer).ok()?;
         if mount.is_shared || mount.fs_magic != magic(base) {
             return None;
@@ -69,6 +71,13 @@ pub(super) fn resolve(fresh: Option<FileSet>) -> Option<Observed> {
         observed.bases.insert(base, dir);
     }
     Some(observed)
+}
+
+/// Opens a path without a request to the root's file system, which may not answer. A mount point is
+/// cached, but its file system may want to be asked nevertheless (EAGAIN).
+fn open_cached(path: &str) -> Option<OwnedFd> {
+    let mut tries = (0..CACHED_TRIES).map(|_| open(CWD, path, ResolveFlags::CACHED));
+    tries.find(|opened| !matches!(opened, Err(Errno::AGAIN)))?.ok()
 }
 
 fn is_without_scratch(procfs: &OwnedFd) -> bool {

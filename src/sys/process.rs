@@ -54,7 +54,7 @@ impl Process {
     }
 
     /// As [`Process::open`], but kernel threads too. They are in the host's mount namespace, which
-    /// is never changed.
+    /// is never changed, or in one without procfs and sysfs (devtmpfsd(), drivers/base/devtmpfs.c).
     pub(super) fn open_any(pid: i64) -> Result<Process, ProcessError> {
         let raw =
             i32::try_from(pid).ok().filter(|pid| *pid > 0).ok_or(ProcessError::InvalidPid(pid))?;
