@@ -140,8 +140,11 @@ pub async fn run(dependencies: Dependencies, inputs: Inputs) -> std::io::Result<
             Some(message) = rx.recv() => agent.handle(message),
             () = timer => {}
             _ = resync.tick() => {
-                agent.state.resync(parts.next().unwrap_or_default(), RESYNC_PARTS);
-                agent.limiter.prune(Instant::now());
+                let part = parts.next().unwrap_or_default();
+                agent.state.resync(part, RESYNC_PARTS);
+                if part == 0 {
+                    agent.limiter.prune(Instant::now());
+                }
             }
         }
     }
