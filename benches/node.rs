@@ -167,10 +167,15 @@ fn cpu_percent(from: Sample, to: Sample) -> f64 {
     100.0 * (to.cpu - from.cpu) / (to.at - from.at).as_secs_f64()
 }
 
-/// The sum of the agent's metrics whose names begin with `series`.
-fn metric(address: &str, series: &str) -> f64 {
+/// The agent's metrics, as Prometheus reads them.
+fn scrape(address: &str) -> String {
     let (code, text) = get_from(address, "/metrics");
     assert_eq!(code, 200, "{text}");
+    text
+}
+
+/// The sum of the metrics whose names begin with `series`.
+fn sum(text: &str, series: &str) -> f64 {
     let lines = text.lines().filter(|line| line.starts_with(&format!("kube_lxcfs_{series}")));
     let values = lines.map(|line| line.rsplit_once(' ').unwrap().1.parse::<f64>().unwrap());
     values.fold(0.0, |sum, value| sum + value)
@@ -223,7 +228,7 @@ fn measure(minutes: usize, count: usize) {
     ];
     let agent = agent(dir.path(), &args, &[("RUST_LOG", "info")]);
     let address = http_address(&agent);
-    let injected = || metric(&address, "containers{state=\"injected\"}");
+    let injected = || sum(&scrape(&address), "containers{state=\"injected\"}");
     eventually_true("every container has its view", || injected() >= count as f64);
     println!("the agent has injected every view after {:.1?}", started.elapsed());
     println!(
@@ -245,12 +250,13 @@ fn measure(minutes: usize, count: usize) {
             after.rss
         );
     });
+    let text = scrape(&address);
     for name in [
         "operations_total{operation=\"inject\",result=\"success\"}",
         "operations_total{operation=\"inject\",result=\"failure\"}",
         "late_starts_total",
     ] {
-        println!("{name}: {}", metric(&address, name));
+        println!("{name}: {}", sum(&text, name));
     }
     // The namespace's end kills what runs in it, sooner than containerd stops every pod.
     std::process::exit(0);
@@ -265,8 +271,9 @@ fn print_minutes(minutes: usize, pid: i32, address: &str, deleted: &AtomicUsize)
         let [mut all, mut injected] = [0.0; 2];
         while Instant::now() < end {
             std::thread::sleep(SCRAPE.min(end.saturating_duration_since(Instant::now())));
-            all = metric(address, "containers{");
-            injected = metric(address, "containers{state=\"injected\"}");
+            let text = scrape(address);
+            all = sum(&text, "containers{");
+            injected = sum(&text, "containers{state=\"injected\"}");
             let now = sample(pid);
             rss.push(((now.at - started).as_secs_f64() / 60.0, now.rss));
         }
