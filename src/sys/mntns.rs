@@ -1,18 +1,11 @@
 //! The mount namespaces of this node, each by a process or thread that is in it.
 
-use std::{
-    collections::HashSet, fmt::Display, io, mem::MaybeUninit, os::unix::fs::MetadataExt, sync::Arc,
-};
-
-use rustix::fs::CWD;
+use std::{collections::HashSet, fmt::Display, io, os::unix::fs::MetadataExt, sync::Arc};
 
 use super::process::{Process, ProcessError};
 
 /// The inode number of a mount namespace. All namespaces are on one device.
 pub type NamespaceId = u64;
-
-/// The length of a link to a namespace, with the longest number of an inode.
-const MAX_LINK: usize = "mnt:[18446744073709551615]".len();
 
 /// The mount namespace of a process, by its pid or `self`, if it runs.
 pub fn namespace_of(pid: impl Display) -> Option<NamespaceId> {
@@ -101,11 +94,10 @@ impl Scan {
 /// Reads the link `mnt:[4026531841]` (namespaces(7)), a third of what stat(2) costs: that makes an
 /// inode.
 fn namespace(task: &str) -> io::Result<NamespaceId> {
-    let mut buffer = [MaybeUninit::uninit(); MAX_LINK];
-    let (link, _) = rustix::fs::readlinkat_raw(CWD, format!("{task}/ns/mnt"), &mut buffer)?;
-    let number = link.strip_prefix(b"mnt:[").and_then(|link| link.strip_suffix(b"]"));
-    let number = number.and_then(|number| str::from_utf8(number).ok()?.parse().ok());
-    number.ok_or_else(|| io::Error::other(format!("{task}/ns/mnt: not a namespace")))
+    let link = std::fs::read_link(format!("{task}/ns/mnt"))?;
+    let number = link.to_str().and_then(|link| link.strip_prefix("mnt:[")?.strip_suffix(']'));
+    let number = number.and_then(|number| number.parse().ok());
+    number.ok_or_else(|| io::Error::other(format!("{}: not a namespace", link.display())))
 }
 
 /// The entries of a directory of `/proc` that are numbers.

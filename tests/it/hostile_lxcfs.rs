@@ -114,6 +114,18 @@ fn hanging_fake_lxcfs_stops_neither_status_nor_agent() {
     });
 }
 
+/// Mounts a file system that does not reply to lookups on this path of a container. `dir` is empty.
+fn hang_lookups(container: &Bare, dir: &Path, path: &str) -> Running {
+    let at = dir.to_str().unwrap();
+    let mut command = program("nsenter");
+    command.args(["--target", &container.pid.to_string(), "--mount", "--pid"]);
+    command.arg(compiled("fuse_fake")).args(["hang-lookup", "/dev/fuse", at]);
+    command.arg(format!("mount --bind {at} {path}"));
+    let fake = Running::start(&mut command, &dir.join("fake.log"));
+    eventually_true("the fake is ready", || fake.log().contains("ready"));
+    fake
+}
+
 /// The kernel waits for the reply to a lookup for ever, and then no signal ends the thread.
 #[test]
 fn hanging_mount_above_a_view_stops_neither_umount_nor_sweep() {
@@ -126,15 +138,8 @@ fn hanging_mount_above_a_view_stops_neither_umount_nor_sweep() {
         for bare in [&hostile, &other] {
             succeeds(&["mount", "--pid", &of(bare), "--files", "cpu,stat", "--lxcfs-path", path]);
         }
-        let fake = compiled("fuse_fake");
         let dir = tempfile::tempdir().unwrap();
-        let at = dir.path().to_str().unwrap();
-        let mut command = program("nsenter");
-        command.args(["--target", &of(&hostile), "--mount", "--pid"]).arg(fake);
-        command.args(["hang-lookup", "/dev/fuse", at]);
-        command.arg(format!("mount --bind {at} /sys/devices"));
-        let fake = Running::start(&mut command, &dir.path().join("fake.log"));
-        eventually_true("the fake is ready", || fake.log().contains("ready"));
+        let _fake = hang_lookups(&hostile, dir.path(), "/sys/devices");
         let ended = |args: &[&str]| {
             let log = dir.path().join("umount.log");
             let mut umount = Running::start(kube_lxcfs().args(args), &log);
@@ -164,14 +169,8 @@ fn hanging_root_stops_no_pass_over_the_node() {
         let path = supervised.path().to_owned();
         let of_other = other.pid.to_string();
         succeeds(&["mount", "--pid", &of_other, "--lxcfs-path", &path]);
-        let fake = compiled("fuse_fake");
         let dir = tempfile::tempdir().unwrap();
-        let at = dir.path().to_str().unwrap();
-        let mut command = program("nsenter");
-        command.args(["--target", &hostile.pid.to_string(), "--mount", "--pid"]).arg(fake);
-        command.args(["hang-lookup", "/dev/fuse", at]).arg(format!("mount --bind {at} /"));
-        let fake = Running::start(&mut command, &dir.path().join("fake.log"));
-        eventually_true("the fake is ready", || fake.log().contains("ready"));
+        let _fake = hang_lookups(&hostile, dir.path(), "/");
 
         let ended = |args: &[&str]| {
             let mut command = kube_lxcfs();
