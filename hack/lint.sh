@@ -31,14 +31,14 @@ check_advisories() {
     fi
 }
 
-# Container runtimes ignore names that they do not know. libseccomp 2.5 does not know statmount:
-# with it the agent reads mount tables instead.
+# Container runtimes ignore names that they do not know. libseccomp 2.5 knows neither statmount nor
+# listmount: with it the agent reads mount tables instead.
 check_profiles() {
     local profiles=charts/kube-lxcfs/profiles names name
     names=$(python3 -c 'import json, sys
 for rule in json.load(sys.stdin)["syscalls"]: print(*rule["names"])' <$profiles/seccomp-agent.json)
     for name in $names; do
-        [ "$name" != statmount ] || continue
+        case $name in statmount | listmount) continue ;; esac
         [ "$(scmp_sys_resolver "$name")" != -1 ] || fail "seccomp-agent.json: unknown call $name"
     done
     apparmor_parser --skip-kernel-load --skip-cache $profiles/apparmor-agent

@@ -345,7 +345,7 @@ impl<'a> EnteredNs<'a> {
             mounts.layers.iter().filter(is_on_base).map(|(file, _)| *file).collect()
         };
         let fresh = Some(fresh).filter(|fresh| !fresh.is_empty());
-        let Some(observed) = self.observe_by_path(fresh) else {
+        let Some(observed) = self.observe_by_path(fresh, limit) else {
             let mounts = self.observe_by_table(limit)?;
             let on_base = on_base(&mounts);
             return Ok((mounts, Held { on_base, ..Held::default() }));
@@ -359,16 +359,20 @@ impl<'a> EnteredNs<'a> {
 
     /// Observes the container.
     pub(super) fn observe(&self, limit: TableLimit) -> Result<ObservedMounts, Error> {
-        match self.observe_by_path(None) {
+        match self.observe_by_path(None, limit) {
             Some(observed) => Ok(observed.mounts),
             None => self.observe_by_table(limit),
         }
     }
 
     /// `None` if its mount table must be read.
-    fn observe_by_path(&self, fresh: Option<FileSet>) -> Option<paths::Observed> {
+    fn observe_by_path(
+        &self,
+        fresh: Option<FileSet>,
+        limit: TableLimit,
+    ) -> Option<paths::Observed> {
         let by_path = self.context.statmount && self.process.root() == Path::new("/");
-        by_path.then(|| paths::resolve(fresh)).flatten()
+        by_path.then(|| paths::resolve(fresh, limit)).flatten()
     }
 
     fn observe_by_table(&self, limit: TableLimit) -> Result<ObservedMounts, Error> {

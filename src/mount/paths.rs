@@ -12,6 +12,7 @@ use rustix::{
 };
 
 use super::{
+    TableLimit,
     driver::{magic, open, open_view},
     observe::{LXCFS_FSTYPE, Mark, kind},
     scratch,
@@ -29,6 +30,11 @@ use crate::{
 /// (`mount_lock`, fs/namei.c).
 const CACHED_TRIES: usize = 8;
 
+/// In a pass over the node, a namespace with as many mounts as this is observed by its table. They
+/// may all lie on one path: a lookup goes from each to the next, and other containers' detaches
+/// wait for its end (RCU).
+const MANY_MOUNTS: usize = 256;
+
 /// The mounts of a container, and what was opened of it.
 pub(super) struct Observed {
     pub(super) mounts: ObservedMounts,
@@ -40,9 +46,13 @@ pub(super) struct Observed {
 }
 
 /// Resolves the view files' paths in the namespace that the thread is in, for a container whose
-/// root is `/`. `None` if the mount table must be read. A `fresh` container has no scratch mount,
-/// and can have mounts only on these files.
-pub(super) fn resolve(fresh: Option<FileSet>) -> Option<Observed> {
+/// root is `/`. `None` if the mount table must be read, also if the limit is [`TableLimit::Normal`]
+/// and the namespace has many mounts. A `fresh` container has no scratch mount, and can have mounts
+/// only on these files.
+pub(super) fn resolve(fresh: Option<FileSet>, limit: TableLimit) -> Option<Observed> {
+    if limit == TableLimit::Normal && !statmount::has_fewer_than::<MANY_MOUNTS>().ok()? {
+        return None;
+    }
     let mut buffer = Buffer::default();
     let mut observed = Observed {
         mounts: ObservedMounts::default(),
@@ -181,7 +191,7 @@ mod tests {
     fn observation_by_path_is_that_of_the_table() {
         in_namespace(|| {
             let agrees = |on_paths: usize| {
-                let Some(observed) = resolve(None) else {
+                let Some(observed) = resolve(None, TableLimit::Normal) else {
                     assert!(!kernel_has_it(), "{:?}", by_table());
                     return;
                 };
@@ -209,13 +219,23 @@ mod tests {
             bind("/proc/version", "/proc/version");
             agrees(3);
             let fresh = FileSet::from_iter([ViewFile::Meminfo, ViewFile::Swaps]);
-            if let Some(observed) = resolve(Some(fresh)) {
+            if let Some(observed) = resolve(Some(fresh), TableLimit::Large) {
                 assert_eq!(
                     observed.mounts.layers.into_keys().collect::<Vec<_>>(),
                     [ViewFile::Meminfo]
                 );
                 assert_eq!(observed.own.into_keys().collect::<Vec<_>>(), [ViewFile::Swaps]);
             }
+        });
+    }
+
+    #[test]
+    fn many_mounts_need_the_table_in_a_pass() {
+        in_namespace(|| {
+            mount(Some("none"), "/mnt", Some("tmpfs"), MsFlags::empty());
+            (0..MANY_MOUNTS).for_each(|_| bind("/mnt", "/mnt"));
+            assert!(resolve(None, TableLimit::Normal).is_none());
+            assert_eq!(resolve(None, TableLimit::Large).is_some(), kernel_has_it());
         });
     }
 
@@ -232,7 +252,7 @@ mod tests {
         for make in unusual {
             in_namespace(|| {
                 make();
-                assert!(resolve(None).is_none());
+                assert!(resolve(None, TableLimit::Large).is_none());
             });
         }
     }

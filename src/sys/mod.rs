@@ -2,8 +2,8 @@
 //! processes, mount tables and the check for system calls. Independent of pods and lxcfs.
 #![allow(
     unsafe_code,
-    reason = "mount_setattr(2), statmount(2) and mallopt(3) have no safe wrapper in nix or rustix, \
-              and epoll none in tokio"
+    reason = "mount_setattr(2), statmount(2), listmount(2) and mallopt(3) have no safe wrapper in \
+              nix or rustix, and epoll none in tokio"
 )]
 
 pub mod fuse;
@@ -132,7 +132,8 @@ fn mount_setattr(fd: RawFd, attr: &MountAttr) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// `struct mnt_id_req` of statmount(2), in its first version (`MNT_ID_REQ_SIZE_VER0`).
+/// `struct mnt_id_req` of statmount(2) and listmount(2), in its first version
+/// (`MNT_ID_REQ_SIZE_VER0`).
 #[repr(C)]
 struct MntIdReq {
     size: u32,
@@ -144,8 +145,9 @@ struct MntIdReq {
 const MNT_ID_REQ_SIZE: u32 = 24;
 const _: () = assert!(size_of::<MntIdReq>() == MNT_ID_REQ_SIZE as usize);
 
-/// The number of statmount(2) on x86-64 and arm64. libc does not have it.
+// The numbers on x86-64 and arm64. libc does not have them.
 const SYS_STATMOUNT: libc::c_long = 457;
+const SYS_LISTMOUNT: libc::c_long = 458;
 
 /// Describes the mount with this unique id, of the caller's mount namespace, in a
 /// `struct statmount`.
@@ -163,4 +165,24 @@ fn statmount(unique_id: u64, parts: u64, buffer: &mut [u8]) -> io::Result<()> {
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Lists the unique ids of mounts of the caller's mount namespace, as many as there is room for.
+/// Returns how many that are.
+fn listmount(unique_ids: &mut [u64]) -> io::Result<usize> {
+    /// `LSMT_ROOT`: all that the caller's root leads to.
+    const ROOT: u64 = u64::MAX;
+    let request = MntIdReq { size: MNT_ID_REQ_SIZE, spare: 0, mnt_id: ROOT, param: 0 };
+    // SAFETY: `request` is a live `struct mnt_id_req` of the size that it gives. The kernel writes
+    // at most `unique_ids.len()` ids to the slice, which is borrowed for the call.
+    let result = unsafe {
+        libc::syscall(
+            SYS_LISTMOUNT,
+            std::ptr::from_ref(&request),
+            unique_ids.as_mut_ptr(),
+            unique_ids.len(),
+            0,
+        )
+    };
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }

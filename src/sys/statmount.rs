@@ -1,4 +1,5 @@
-//! One mount, without the mount table (statmount(2), kernel 6.8).
+//! One mount, and the number of all, without the mount table (statmount(2) and listmount(2), kernel
+//! 6.8).
 
 use std::{io, os::fd::AsFd};
 
@@ -101,6 +102,14 @@ pub fn of(file: impl AsFd, parts: Parts, buffer: &mut Buffer) -> io::Result<Moun
     parse(&buffer.0).ok_or_else(|| io::Error::other("malformed result of statmount(2)"))
 }
 
+/// Whether the caller's mount namespace has fewer than `N` mounts.
+///
+/// # Errors
+/// `ENOSYS` before kernel 6.8, and those of listmount(2).
+pub fn has_fewer_than<const N: usize>() -> io::Result<bool> {
+    Ok(super::listmount(&mut [0; N])? < N)
+}
+
 /// Reads the result of a call. `None` if a part is missing that every kernel with the call has.
 fn parse(buffer: &[u8]) -> Option<MountStatus<'_>> {
     let u32_at = |at: usize| Some(u32::from_ne_bytes(*buffer.get(at..)?.first_chunk()?));
@@ -160,6 +169,21 @@ mod tests {
             assert_eq!((basic.id, basic.root), (mount.id, None));
             let fs = rustix::fs::fstatfs(&file).unwrap();
             assert_eq!(basic.fs_magic, u64::try_from(fs.f_type).unwrap());
+        }
+    }
+
+    #[test]
+    fn mounts_are_counted() {
+        let text = std::fs::read("/proc/thread-self/mountinfo").unwrap();
+        let table = MountTable::parse(&text).unwrap();
+        assert!((2..4096).contains(&table.mounts().len()), "the test's own namespace");
+        match has_fewer_than::<2>() {
+            // Before kernel 6.8.
+            Err(e) if e.raw_os_error() == Some(libc::ENOSYS) => {}
+            fewer => {
+                assert!(!fewer.unwrap());
+                assert!(has_fewer_than::<4096>().unwrap());
+            }
         }
     }
 
