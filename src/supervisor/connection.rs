@@ -5,13 +5,14 @@
 //! Requests wait until their container is recovered. Then they are answered with ESTALE: the kernel
 //! resolves the path a second time (do_filp_open() in fs/namei.c, retry_estale()), and finds the
 //! view of the next lxcfs or the container's own file. A reader that had the file open gets an
-//! error, at once.
+//! error, at once: many call fstat(2) before they read, so that is answered with what the kernel
+//! knows of the file.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     io,
     os::fd::{OwnedFd, RawFd},
-    sync::mpsc as std_mpsc,
+    sync::{Arc, mpsc as std_mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -19,17 +20,20 @@ use std::{
 use nix::sched::CloneFlags;
 use rustix::{
     event::{PollFd, PollFlags, Timespec},
-    fs::OFlags,
+    fs::{AtFlags, OFlags, Statx, StatxFlags},
     io::Errno,
     process::{Pid, PidfdFlags, PidfdGetfdFlags},
 };
 use tokio::sync::{mpsc, oneshot};
 
 use super::DRAIN;
-use crate::sys::{
-    fuse,
-    mntns::{self, NamespaceId},
-    mountinfo::Dev,
+use crate::{
+    mount::LxcfsFiles,
+    sys::{
+        fuse,
+        mntns::{self, NamespaceId},
+        mountinfo::Dev,
+    },
 };
 
 /// The longest that a request waits.
@@ -45,7 +49,9 @@ const REQUEST_BYTES: usize = 4 << 20;
 /// below).
 const IN_HEADER: usize = 40;
 /// The size of `struct fuse_out_header`.
-const OUT_HEADER: u32 = 16;
+const OUT_HEADER: usize = 16;
+/// The size of `struct fuse_attr_out`.
+const ATTR_OUT: usize = 104;
 /// A notification: the kernel sends the requests again that lxcfs has read and not answered (kernel
 /// 6.9).
 const NOTIFY_RESEND: i32 = 7;
@@ -60,22 +66,25 @@ const NOTIFY_RESEND: i32 = 7;
 #[derive(Debug)]
 pub(super) struct Connection {
     recoveries: std_mpsc::Sender<Recovery>,
+    lxcfs: Arc<LxcfsFiles>,
 }
 
 /// What the thread is to do when lxcfs has exited.
 struct Recovery {
+    attributes: HashMap<NodeId, [u8; ATTR_OUT]>,
     over: oneshot::Receiver<()>,
     recovered: mpsc::UnboundedReceiver<Option<NamespaceId>>,
     waited: std_mpsc::Sender<io::Result<Waited>>,
 }
 
 impl Connection {
-    /// Shares the connection of the lxcfs with this pid and device.
+    /// Shares the connection of the lxcfs with this pid.
     ///
     /// # Errors
     /// Fails if the process has no descriptor of it, and with those of clone(2), unshare(2),
     /// pidfd_open(2) and pidfd_getfd(2).
-    pub(super) fn share(pid: Pid, dev: Dev) -> io::Result<Connection> {
+    pub(super) fn share(pid: Pid, lxcfs: Arc<LxcfsFiles>) -> io::Result<Connection> {
+        let dev = lxcfs.dev;
         let (recoveries, recovery) = std_mpsc::channel::<Recovery>();
         let (shared_tx, shared) = std_mpsc::channel();
         let hold = move || {
@@ -87,13 +96,13 @@ impl Connection {
             let _ = shared_tx.send(result);
             // The sender is dropped when the connection is not needed any more.
             if let (Some(device), Ok(recovery)) = (device, recovery.recv()) {
-                let Recovery { over, recovered, waited } = recovery;
-                let _ = waited.send(answer(device, over, recovered));
+                let Recovery { attributes, over, recovered, waited } = recovery;
+                let _ = waited.send(answer(device, attributes, over, recovered));
             }
         };
         thread::Builder::new().name("connection".into()).spawn(hold)?;
         shared.recv().unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))?;
-        Ok(Connection { recoveries })
+        Ok(Connection { recoveries, lxcfs })
     }
 
     /// Answers the requests for an lxcfs that has exited until `over` is sent or dropped, and for
@@ -108,7 +117,9 @@ impl Connection {
     ) -> io::Result<Waited> {
         let (waited, result) = std_mpsc::channel();
         let gone = || io::Error::other("the thread panicked");
-        self.recoveries.send(Recovery { over, recovered, waited }).map_err(|_| gone())?;
+        let attributes = attributes(&self.lxcfs);
+        let recovery = Recovery { attributes, over, recovered, waited };
+        self.recoveries.send(recovery).map_err(|_| gone())?;
         // The thread cannot wake this task: it does not have the runtime's descriptors.
         loop {
             match result.try_recv() {
@@ -140,16 +151,52 @@ fn share(pid: Pid, dev: Dev) -> io::Result<OwnedFd> {
     Ok(rustix::process::pidfd_getfd(process, descriptor, PidfdGetfdFlags::empty())?)
 }
 
+/// The kernel's number of a file in a connection. As lxcfs's options leave it (`use_ino` of
+/// libfuse), it is the inode number.
+type NodeId = u64;
+
+/// The attributes of the view files that the kernel knows (`struct fuse_attr_out`). lxcfs is sent
+/// no request.
+fn attributes(lxcfs: &LxcfsFiles) -> HashMap<NodeId, [u8; ATTR_OUT]> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let stat = |file: &OwnedFd| rustix::fs::statx(file, "", flags, StatxFlags::BASIC_STATS).ok();
+    let stats = lxcfs.files.values().filter_map(stat);
+    stats.map(|stat| (stat.stx_ino, attr_out(&stat))).collect()
+}
+
+fn attr_out(stat: &Statx) -> [u8; ATTR_OUT] {
+    let times = [&stat.stx_atime, &stat.stx_mtime, &stat.stx_ctime];
+    let [atime, mtime, ctime] = times.map(|time| time.tv_sec.cast_unsigned());
+    let [atime_ns, mtime_ns, ctime_ns] = times.map(|time| time.tv_nsec);
+    // The first are those of the cache: the attributes are valid for no time.
+    let longs = [0, 0, stat.stx_ino, stat.stx_size, stat.stx_blocks, atime, mtime, ctime];
+    let mode = stat.stx_mode.into();
+    let (links, block) = (stat.stx_nlink, stat.stx_blksize);
+    let shorts =
+        [atime_ns, mtime_ns, ctime_ns, mode, links, stat.stx_uid, stat.stx_gid, 0, block, 0];
+    let longs = longs.into_iter().flat_map(u64::to_ne_bytes);
+    let mut out = [0; ATTR_OUT];
+    let bytes = longs.chain(shorts.into_iter().flat_map(u32::to_ne_bytes));
+    out.iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
+    out
+}
+
 /// See [`Connection::answer`].
 fn answer(
     device: OwnedFd,
+    attributes: HashMap<NodeId, [u8; ATTR_OUT]>,
     mut over: oneshot::Receiver<()>,
     mut recovered: mpsc::UnboundedReceiver<Option<NamespaceId>>,
 ) -> io::Result<Waited> {
     let flags = rustix::fs::fcntl_getfl(&device)?;
     rustix::fs::fcntl_setfl(&device, flags | OFlags::NONBLOCK)?;
-    let mut requests =
-        Requests { device, waiting: Vec::new(), recovered: Recovered::default(), waited: 0 };
+    let mut requests = Requests {
+        device,
+        attributes,
+        waiting: Vec::new(),
+        recovered: Recovered::default(),
+        waited: 0,
+    };
     let mut buffer = vec![0; REQUEST_BYTES];
     let mut is_over = move || !matches!(over.try_recv(), Err(oneshot::error::TryRecvError::Empty));
     requests.resend();
@@ -211,6 +258,11 @@ pub(super) struct Waited {
 enum Answer {
     /// A path is resolved: the answer waits for the recovery.
     Wait,
+    /// A path is resolved, or the file was opened before: the answer waits if its attributes are
+    /// not known.
+    Attributes,
+    /// The kernel makes another request instead.
+    NotSupported,
     /// A descriptor is closed, which succeeds.
     Done,
     /// A descriptor is used that was opened before.
@@ -225,6 +277,7 @@ enum Answer {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Request {
     unique: u64,
+    node: NodeId,
     /// The process that it is for; 0 if it is none of our pid namespace.
     pid: i32,
     answer: Answer,
@@ -235,8 +288,12 @@ fn parse(request: &[u8]) -> Option<Request> {
     let number = |at: usize| Some(u32::from_ne_bytes(*request.get(at..)?.first_chunk()?));
     let long = |at: usize| Some(u64::from_ne_bytes(*request.get(at..)?.first_chunk()?));
     let answer = match number(4)? {
-        // LOOKUP, GETATTR, READLINK, OPEN, STATFS, GETXATTR, LISTXATTR, OPENDIR, ACCESS, STATX
-        1 | 3 | 5 | 14 | 17 | 22 | 23 | 27 | 34 | 52 => Answer::Wait,
+        // LOOKUP, READLINK, OPEN, STATFS, GETXATTR, LISTXATTR, OPENDIR, ACCESS
+        1 | 5 | 14 | 17 | 22 | 23 | 27 | 34 => Answer::Wait,
+        // GETATTR
+        3 => Answer::Attributes,
+        // STATX: GETATTR follows
+        52 => Answer::NotSupported,
         // RELEASE, FLUSH, RELEASEDIR
         18 | 25 | 29 => Answer::Done,
         // FORGET, BATCH_FORGET
@@ -245,11 +302,12 @@ fn parse(request: &[u8]) -> Option<Request> {
         36 => Answer::Interrupt(long(IN_HEADER)?),
         _ => Answer::NotConnected,
     };
-    Some(Request { unique: long(8)?, pid: number(32)?.cast_signed(), answer })
+    Some(Request { unique: long(8)?, node: long(16)?, pid: number(32)?.cast_signed(), answer })
 }
 
 struct Requests {
     device: OwnedFd,
+    attributes: HashMap<NodeId, [u8; ATTR_OUT]>,
     /// The numbers of those that wait, each with the mount namespace of its process.
     waiting: Vec<(u64, Option<NamespaceId>)>,
     recovered: Recovered,
@@ -275,11 +333,12 @@ impl Requests {
             Err(Errno::NODEV) => return Ok(false),
             Err(e) => return Err(e.into()),
         };
-        let Some(Request { unique, pid, answer }) = parse(&buffer[..length]) else {
+        let Some(Request { unique, node, pid, answer }) = parse(&buffer[..length]) else {
             return Ok(true);
         };
-        match answer {
-            Answer::Wait => {
+        match (answer, self.attributes.get(&node)) {
+            (Answer::Attributes, Some(attributes)) => self.send(unique, 0, attributes),
+            (Answer::Wait | Answer::Attributes, _) => {
                 let namespace = mntns::namespace_of(pid);
                 if self.recovered.contains(namespace) {
                     self.send_error(unique, Errno::STALE);
@@ -288,13 +347,14 @@ impl Requests {
                     self.waited += 1;
                 }
             }
-            Answer::Done => self.send(unique, 0),
-            Answer::NotConnected => self.send_error(unique, Errno::NOTCONN),
-            Answer::Interrupt(interrupted) => {
+            (Answer::Done, _) => self.send(unique, 0, &[]),
+            (Answer::NotConnected, _) => self.send_error(unique, Errno::NOTCONN),
+            (Answer::NotSupported, _) => self.send_error(unique, Errno::NOSYS),
+            (Answer::Interrupt(interrupted), _) => {
                 self.waiting.retain(|(waiting, _)| *waiting != interrupted);
                 self.send_error(interrupted, Errno::INTR);
             }
-            Answer::None => {}
+            (Answer::None, _) => {}
         }
         Ok(true)
     }
@@ -309,20 +369,20 @@ impl Requests {
     /// The requests that lxcfs had read come again. Older kernels keep them: their readers get an
     /// error when the connection ends.
     fn resend(&self) {
-        self.send(0, NOTIFY_RESEND);
+        self.send(0, NOTIFY_RESEND, &[]);
     }
 
     fn send_error(&self, unique: u64, error: Errno) {
-        self.send(unique, -error.raw_os_error());
+        self.send(unique, -error.raw_os_error(), &[]);
     }
 
-    /// Sends a `struct fuse_out_header`. Fails if the request was taken back, which is no matter.
-    fn send(&self, unique: u64, error: i32) {
-        let mut header = [0; OUT_HEADER as usize];
-        header[..4].copy_from_slice(&OUT_HEADER.to_ne_bytes());
-        header[4..8].copy_from_slice(&error.to_ne_bytes());
-        header[8..].copy_from_slice(&unique.to_ne_bytes());
-        let _ = rustix::io::write(&self.device, &header);
+    /// Sends a `struct fuse_out_header`, and what follows it. Fails if the request was taken back,
+    /// which is no matter.
+    fn send(&self, unique: u64, error: i32, body: &[u8]) {
+        let length = u32::try_from(OUT_HEADER + body.len()).unwrap_or_default();
+        let header = [length.to_ne_bytes(), error.to_ne_bytes()].concat();
+        let _ =
+            rustix::io::write(&self.device, &[&header, &unique.to_ne_bytes()[..], body].concat());
     }
 }
 
@@ -334,6 +394,7 @@ mod tests {
         let mut request = vec![0; IN_HEADER];
         request[4..8].copy_from_slice(&opcode.to_ne_bytes());
         request[8..16].copy_from_slice(&unique.to_ne_bytes());
+        request[16..24].copy_from_slice(&3u64.to_ne_bytes());
         request[32..36].copy_from_slice(&5u32.to_ne_bytes());
         request.extend(body.to_ne_bytes());
         request
@@ -343,6 +404,7 @@ mod tests {
     fn requests_by_path_wait() {
         for (opcode, expected) in [
             (1, Answer::Wait),
+            (3, Answer::Attributes),
             (14, Answer::Wait),
             (15, Answer::NotConnected),
             (25, Answer::Done),
@@ -351,7 +413,8 @@ mod tests {
             (1000, Answer::NotConnected),
         ] {
             let parsed = parse(&request(opcode, 7, 9));
-            assert_eq!(parsed, Some(Request { unique: 7, pid: 5, answer: expected }), "{opcode}");
+            let expected = Request { unique: 7, node: 3, pid: 5, answer: expected };
+            assert_eq!(parsed, Some(expected), "{opcode}");
         }
     }
 

@@ -209,13 +209,11 @@ impl Supervisor {
                 }
                 Ok((identity, lxcfs)) => {
                     recoveries.successor(&lxcfs);
-                    // An open file keeps the mount busy.
-                    drop(lxcfs);
                     let (dev, elapsed) = (identity.dev, started.elapsed());
                     tracing::info!(lxcfs = "serving", %dev, ?elapsed, "lxcfs serves");
                     self.metrics.set_up(true);
                     let held = hold(&self.path, dev);
-                    let connection = share(&child, dev);
+                    let connection = share(&child, lxcfs);
                     predecessors.replace(&self.path, &sweepers, &probes.workers).await;
                     let reason = self
                         .serve(&mut child, identity, &probes, &mut mount_table, &mut signals)
@@ -445,8 +443,8 @@ fn hold(path: &Path, dev: Dev) -> Option<OwnedFd> {
 
 /// Shares the connection of lxcfs. Without it, readers of its views get errors while an exited
 /// lxcfs is swept.
-fn share(child: &Child, dev: Dev) -> Option<Connection> {
-    let shared = child::pid(child).map(|pid| Connection::share(pid, dev))?;
+fn share(child: &Child, lxcfs: Arc<LxcfsFiles>) -> Option<Connection> {
+    let shared = child::pid(child).map(|pid| Connection::share(pid, lxcfs))?;
     shared.inspect_err(|cause| tracing::warn!(%cause, "failed to share lxcfs's connection")).ok()
 }
 

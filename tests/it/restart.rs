@@ -271,12 +271,19 @@ fn readers_wait_while_an_exited_lxcfs_is_swept() {
         let _lock = lock.unwrap();
         node.read();
         std::thread::sleep(Duration::from_millis(200));
+        let view = format!("/proc/{}/root/proc/meminfo", node.readers[0].pid());
+        let open = fs::File::open(&view).unwrap();
+        let stat = move || {
+            std::thread::sleep(Duration::from_millis(1));
+            open.metadata()
+        };
+        let stat_until_error =
+            std::thread::spawn(|| std::iter::repeat_with(stat).find_map(Result::err));
         let killed = node.lxcfs.lxcfs();
         node.lxcfs.signal_lxcfs(Signal::SIGKILL);
         let proc = Path::new("/proc").join(killed.to_string());
         eventually_true("lxcfs has exited", || !proc.exists());
         // Opened now, while the view is dead, the file is another one at the end.
-        let view = format!("/proc/{}/root/proc/meminfo", node.readers[0].pid());
         let text = fs::read_to_string(view).unwrap();
         assert!(text.starts_with("MemTotal:"), "{text}");
         let supervisor = &node.lxcfs.supervisor;
@@ -284,6 +291,11 @@ fn readers_wait_while_an_exited_lxcfs_is_swept() {
             let waited = |entry: &serde_json::Value| entry["requests"].as_u64();
             supervisor.entries().iter().find_map(waited).is_some_and(|requests| requests > 0)
         });
+        // fstat(2) of the file that was open has not waited for the recovery: the first error is
+        // that of the end of the connection.
+        let error = stat_until_error.join().unwrap().unwrap();
+        let stale = rustix::io::Errno::STALE.raw_os_error();
+        assert_ne!(error.raw_os_error(), Some(stale), "{error}");
         node.replaced(killed);
         let seen = seen(&node.readers);
         println!("locked: {seen:?}");
