@@ -151,8 +151,8 @@ fn share(pid: Pid, dev: Dev) -> io::Result<OwnedFd> {
     Ok(rustix::process::pidfd_getfd(process, descriptor, PidfdGetfdFlags::empty())?)
 }
 
-/// The kernel's number of a file in a connection. As lxcfs's options leave it (`use_ino` of
-/// libfuse), it is the inode number.
+/// The kernel's number of a file in a connection. libfuse makes it the inode number too, unless
+/// lxcfs is given the option `use_ino`: then no file is known, and its requests wait.
 type NodeId = u64;
 
 /// The attributes of the view files that the kernel knows (`struct fuse_attr_out`). lxcfs is sent
@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn requests_by_path_wait() {
+    fn answers_differ_by_operation() {
         for (opcode, expected) in [
             (1, Answer::Wait),
             (3, Answer::Attributes),
@@ -410,12 +410,27 @@ mod tests {
             (25, Answer::Done),
             (36, Answer::Interrupt(9)),
             (42, Answer::None),
+            (52, Answer::NotSupported),
             (1000, Answer::NotConnected),
         ] {
             let parsed = parse(&request(opcode, 7, 9));
             let expected = Request { unique: 7, node: 3, pid: 5, answer: expected };
             assert_eq!(parsed, Some(expected), "{opcode}");
         }
+    }
+
+    #[test]
+    fn attributes_are_those_of_the_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "some bytes").unwrap();
+        let mask = StatxFlags::BASIC_STATS;
+        let stat = rustix::fs::statx(rustix::fs::CWD, file.path(), AtFlags::empty(), mask).unwrap();
+        let out = attr_out(&stat);
+        let long = |at: usize| u64::from_ne_bytes(*out[at..].first_chunk().unwrap());
+        let short = |at: usize| u32::from_ne_bytes(*out[at..].first_chunk().unwrap());
+        assert_eq!((long(0), long(16), long(24)), (0, stat.stx_ino, 10));
+        assert_eq!(short(76), u32::from(stat.stx_mode));
+        assert_eq!((short(80), short(96)), (1, stat.stx_blksize));
     }
 
     #[test]

@@ -235,6 +235,8 @@ impl Supervisor {
                             recoveries.start(ExitedLxcfs { dev, held, connection }).await;
                         }
                         None => {
+                            // Its open files would keep the file system after its last view.
+                            drop(connection);
                             self.sweep_before_exit(&mut child, dev, &reason, &sweepers).await;
                         }
                     }

@@ -168,7 +168,7 @@ fn statmount(unique_id: u64, parts: u64, buffer: &mut [u8]) -> io::Result<()> {
 }
 
 /// Lists the unique ids of mounts of the caller's mount namespace, as many as there is room for.
-/// Returns how many that are.
+/// Returns their number.
 fn listmount(unique_ids: &mut [u64]) -> io::Result<usize> {
     /// `LSMT_ROOT`: all that the caller's root leads to.
     const ROOT: u64 = u64::MAX;

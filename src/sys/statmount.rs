@@ -102,7 +102,7 @@ pub fn of(file: impl AsFd, parts: Parts, buffer: &mut Buffer) -> io::Result<Moun
     parse(&buffer.0).ok_or_else(|| io::Error::other("malformed result of statmount(2)"))
 }
 
-/// Whether the caller's mount namespace has fewer than `N` mounts.
+/// Whether the caller's mount namespace has fewer than `N` mounts that its root leads to.
 ///
 /// # Errors
 /// `ENOSYS` before kernel 6.8, and those of listmount(2).
