@@ -76,10 +76,8 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
             watched.await?
         }
         PodSource::Cri => {
-            watchers.spawn(
-                "the watch of pod sandboxes",
-                cri::watch(cri.clone(), updates_tx.clone(), metrics.clone()),
-            );
+            let watch = cri::watch(cri.clone(), updates_tx.clone(), metrics.clone());
+            watchers.spawn("the watch of pod sandboxes", watch);
             (Events::to_log(), None)
         }
     };
@@ -100,7 +98,7 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
         finder: finder.clone(),
         cri: (common.pid_from != PidSource::Proc).then(|| cri.clone()),
     };
-    let node = check::Node {
+    let checks = check::Node {
         pid_from: common.pid_from,
         cri: cri_is_used.then(|| cri.clone()),
         finder: finder.clone(),
@@ -108,8 +106,9 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
         host_root: common.host_root.clone(),
         nri_socket: args.nri_socket.clone(),
         passive: true,
-    };
-    let checks = node.record(metrics.clone());
+        enabled: tokio::sync::Mutex::default(),
+    }
+    .record(metrics.clone());
     let dependencies = Dependencies {
         // Blocked starts wait for its searches.
         lxcfs: SharedLxcfs::new(finder, workers.urgent()),

@@ -17,7 +17,7 @@ use serde::Serialize;
 use super::output::print;
 use crate::{
     args::{Common, Output},
-    lxcfs::{self, Finder},
+    lxcfs::{self, Enabled, Finder, Identity},
     mount::Workers,
     runtime::{
         PidSource,
@@ -111,6 +111,7 @@ pub(super) async fn run(common: Common, nri_socket: &Path, output: Output) -> Re
         host_root: common.host_root,
         nri_socket: nri_socket.to_owned(),
         passive: false,
+        enabled: tokio::sync::Mutex::default(),
     };
     let checks = node.all().await;
     print(output, &checks, || checks.iter().map(ToString::to_string).collect())?;
@@ -130,6 +131,8 @@ pub(super) struct Node {
     pub(super) nri_socket: PathBuf,
     /// Connect neither to NRI nor to the API server: metrics of the agent show both.
     pub(super) passive: bool,
+    /// What an lxcfs enables that has served: [`Node::enabled`].
+    pub(super) enabled: tokio::sync::Mutex<Option<(Identity, Enabled)>>,
 }
 
 /// The interval of the agent's checks.
@@ -151,7 +154,7 @@ impl Node {
     }
 
     async fn all(&self) -> Vec<Check> {
-        let Node { cri, finder, workers, host_root, nri_socket, passive, .. } = self;
+        let Node { cri, host_root, nri_socket, passive, .. } = self;
         let mut checks = own();
         let host = host_root.clone();
         // The scan of the processes blocks.
@@ -162,7 +165,7 @@ impl Node {
             checks
         };
         let kernel = tokio::task::spawn_blocking(blocking);
-        checks.push(serving(finder, workers).await);
+        checks.push(self.serving().await);
         if let Some(cri) = cri {
             checks.push(runtime(cri, self.pid_from).await);
         }
@@ -176,6 +179,62 @@ impl Node {
             checks.extend(api_server().await);
         }
         checks
+    }
+
+    async fn serving(&self) -> Check {
+        let path = self.finder.path();
+        let workers = match &self.workers {
+            Ok(workers) => workers,
+            Err(e) => {
+                return fail(
+                    "lxcfs",
+                    format!("failed to start a thread for the check: {e}; run kube-lxcfs as root"),
+                );
+            }
+        };
+        match self.finder.find(workers).await {
+            Ok(lxcfs) => {
+                let version = lxcfs::version_at(path);
+                let cgroups = CgroupVersion::of_node();
+                let named = version.as_ref().map(|version| format!("version {version} "));
+                let named = named.unwrap_or_default();
+                let detail =
+                    format!("{named}serves {} at {}", lxcfs.serving().files, path.display());
+                let writable = lxcfs.writable.then(|| {
+                    let path = path.display();
+                    let why = "without cpu, because lxcfs is writable; make it read-only:";
+                    format!("{why} mount -o remount,ro {path}")
+                });
+                let wrong = version.and_then(|version| wrong_values(&version, cgroups));
+                let disabled = self.enabled().await.and_then(disabled);
+                let problems: Vec<String> =
+                    [wrong.map(str::to_owned), writable, disabled].into_iter().flatten().collect();
+                if problems.is_empty() {
+                    ok("lxcfs", detail)
+                } else {
+                    warn("lxcfs", format!("{detail}; {}", problems.join("; ")))
+                }
+            }
+            Err(e) => fail("lxcfs", e),
+        }
+    }
+
+    /// What the arguments of the serving lxcfs enable. Its process is searched once: that reads
+    /// every process of the node.
+    async fn enabled(&self) -> Option<Enabled> {
+        let path = self.finder.path().to_owned();
+        let serving = lxcfs::identify(&path)?;
+        let mut last = self.enabled.lock().await;
+        if let Some((of, enabled)) = *last
+            && of == serving
+        {
+            return Some(enabled);
+        }
+        // The search blocks.
+        let found = tokio::task::spawn_blocking(move || lxcfs::enabled_at(&path)).await;
+        let enabled = found.ok().flatten()?;
+        *last = Some((serving, enabled));
+        Some(enabled)
     }
 }
 
@@ -256,46 +315,6 @@ async fn nri(host_root: &HostRoot, socket: &Path) -> Check {
                  enable NRI in the runtime, or use the hook"
             ),
         ),
-    }
-}
-
-async fn serving(finder: &Finder, workers: &io::Result<Workers>) -> Check {
-    let path = finder.path();
-    let workers = match workers {
-        Ok(workers) => workers,
-        Err(e) => {
-            return fail(
-                "lxcfs",
-                format!("failed to start a thread for the check: {e}; run kube-lxcfs as root"),
-            );
-        }
-    };
-    match finder.find(workers).await {
-        Ok(lxcfs) => {
-            let version = lxcfs::version_at(path);
-            // The search of the processes blocks.
-            let owned = path.to_owned();
-            let enabled = tokio::task::spawn_blocking(move || lxcfs::enabled_at(&owned)).await;
-            let cgroups = CgroupVersion::of_node();
-            let named = version.as_ref().map(|version| format!("version {version} "));
-            let named = named.unwrap_or_default();
-            let detail = format!("{named}serves {} at {}", lxcfs.serving().files, path.display());
-            let writable = lxcfs.writable.then(|| {
-                let path = path.display();
-                let why = "without cpu, because lxcfs is writable; make it read-only:";
-                format!("{why} mount -o remount,ro {path}")
-            });
-            let wrong = version.and_then(|version| wrong_values(&version, cgroups));
-            let disabled = enabled.ok().flatten().and_then(disabled);
-            let problems: Vec<String> =
-                [wrong.map(str::to_owned), writable, disabled].into_iter().flatten().collect();
-            if problems.is_empty() {
-                ok("lxcfs", detail)
-            } else {
-                warn("lxcfs", format!("{detail}; {}", problems.join("; ")))
-            }
-        }
-        Err(e) => fail("lxcfs", e),
     }
 }
 
