@@ -106,7 +106,7 @@ pub(super) async fn run(common: Common, args: AgentArgs) -> Result<ExitCode> {
         host_root: common.host_root.clone(),
         nri_socket: args.nri_socket.clone(),
         passive: true,
-        enabled: tokio::sync::Mutex::default(),
+        enabled: None,
     }
     .record(metrics.clone());
     let dependencies = Dependencies {

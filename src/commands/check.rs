@@ -103,7 +103,7 @@ pub(super) fn require_capabilities() -> Result<(), MissingCapability> {
 }
 
 pub(super) async fn run(common: Common, nri_socket: &Path, output: Output) -> Result<ExitCode> {
-    let node = Node {
+    let mut node = Node {
         pid_from: common.pid_from,
         cri: Some(CriClient::new(common.cri_endpoint, common.host_root.clone())),
         finder: Finder::new(&common.lxcfs_path),
@@ -111,7 +111,7 @@ pub(super) async fn run(common: Common, nri_socket: &Path, output: Output) -> Re
         host_root: common.host_root,
         nri_socket: nri_socket.to_owned(),
         passive: false,
-        enabled: tokio::sync::Mutex::default(),
+        enabled: None,
     };
     let checks = node.all().await;
     print(output, &checks, || checks.iter().map(ToString::to_string).collect())?;
@@ -131,8 +131,8 @@ pub(super) struct Node {
     pub(super) nri_socket: PathBuf,
     /// Connect neither to NRI nor to the API server: metrics of the agent show both.
     pub(super) passive: bool,
-    /// What an lxcfs enables that has served: [`Node::enabled`].
-    pub(super) enabled: tokio::sync::Mutex<Option<(Identity, Enabled)>>,
+    /// What the lxcfs enables that served at the last check.
+    pub(super) enabled: Option<(Identity, Enabled)>,
 }
 
 /// The interval of the agent's checks.
@@ -140,7 +140,7 @@ const INTERVAL: Duration = Duration::from_secs(600);
 
 impl Node {
     /// Records the verdicts again and again.
-    pub(super) async fn record(self, metrics: Arc<Metrics>) -> Infallible {
+    pub(super) async fn record(mut self, metrics: Arc<Metrics>) -> Infallible {
         let mut interval = tokio::time::interval(INTERVAL);
         interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -153,10 +153,9 @@ impl Node {
         }
     }
 
-    async fn all(&self) -> Vec<Check> {
-        let Node { cri, host_root, nri_socket, passive, .. } = self;
+    async fn all(&mut self) -> Vec<Check> {
         let mut checks = own();
-        let host = host_root.clone();
+        let host = self.host_root.clone();
         // The scan of the processes blocks.
         let blocking = move || {
             let mut checks = vec![host_pids()];
@@ -166,8 +165,9 @@ impl Node {
         };
         let kernel = tokio::task::spawn_blocking(blocking);
         checks.push(self.serving().await);
+        let Node { pid_from, cri, host_root, nri_socket, passive, .. } = &*self;
         if let Some(cri) = cri {
-            checks.push(runtime(cri, self.pid_from).await);
+            checks.push(runtime(cri, *pid_from).await);
         }
         if !passive {
             checks.push(nri(host_root, nri_socket).await);
@@ -181,8 +181,8 @@ impl Node {
         checks
     }
 
-    async fn serving(&self) -> Check {
-        let path = self.finder.path();
+    async fn serving(&mut self) -> Check {
+        let path = self.finder.path().to_owned();
         let workers = match &self.workers {
             Ok(workers) => workers,
             Err(e) => {
@@ -194,7 +194,7 @@ impl Node {
         };
         match self.finder.find(workers).await {
             Ok(lxcfs) => {
-                let version = lxcfs::version_at(path);
+                let version = lxcfs::version_at(&path);
                 let cgroups = CgroupVersion::of_node();
                 let named = version.as_ref().map(|version| format!("version {version} "));
                 let named = named.unwrap_or_default();
@@ -221,11 +221,10 @@ impl Node {
 
     /// What the arguments of the serving lxcfs enable. Its process is searched once: that reads
     /// every process of the node.
-    async fn enabled(&self) -> Option<Enabled> {
+    async fn enabled(&mut self) -> Option<Enabled> {
         let path = self.finder.path().to_owned();
         let serving = lxcfs::identify(&path)?;
-        let mut last = self.enabled.lock().await;
-        if let Some((of, enabled)) = *last
+        if let Some((of, enabled)) = self.enabled
             && of == serving
         {
             return Some(enabled);
@@ -233,7 +232,7 @@ impl Node {
         // The search blocks.
         let found = tokio::task::spawn_blocking(move || lxcfs::enabled_at(&path)).await;
         let enabled = found.ok().flatten()?;
-        *last = Some((serving, enabled));
+        self.enabled = Some((serving, enabled));
         Some(enabled)
     }
 }
